@@ -1,0 +1,50 @@
+"""Sheer trains PyTorch models: one loop, written once in plain Python, that you can run, read, or take with you."""
+
+from sheer import data
+from sheer.console import Console
+from sheer.errors import (
+    DataError,
+    ModelError,
+    NonFiniteError,
+    RunError,
+    SettingsError,
+    SheerError,
+    SheerWarning,
+    StepError,
+)
+from sheer.loggers.jsonl import JSONL
+from sheer.metrics import Figure, Image, Mean, Text, mean
+from sheer.own_loop import Loop
+from sheer.random import seed_everything
+from sheer.run import Result
+from sheer.saving import load_weights
+from sheer.settings import Checkpoint, Settings
+from sheer.trainer import Trainer
+from sheer.version import __version__
+
+__all__ = [
+    "JSONL",
+    "Checkpoint",
+    "Console",
+    "DataError",
+    "Figure",
+    "Image",
+    "Loop",
+    "Mean",
+    "ModelError",
+    "NonFiniteError",
+    "Result",
+    "RunError",
+    "Settings",
+    "SettingsError",
+    "SheerError",
+    "SheerWarning",
+    "StepError",
+    "Text",
+    "Trainer",
+    "__version__",
+    "data",
+    "load_weights",
+    "mean",
+    "seed_everything",
+]

@@ -1,0 +1,176 @@
+"""The training data of a run, as steps: batches grouped, counted, on the device, across epochs, from any position on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from sheer.data.batch import StepBatch, move
+from sheer.data.source import Source
+from sheer.errors import DataError
+from sheer.progress import Progress
+from sheer.random import random_state, set_random_state, snapshot
+
+
+class TrainingData:
+    """Yields what each step trains on.
+
+    Attributes:
+        steps_per_epoch: steps in one epoch, or None where only its end tells.
+        at_end: whether the batch that was yielded last is the last of its epoch.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        device: torch.device,
+        accumulate: int = 1,
+        limit: int | float | None = None,
+        same_epoch: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.source, self.device, self.dtype, self.accumulate = source, device, dtype, accumulate
+        self.same_epoch = same_epoch
+        self.batches_per_epoch = limited(source.batches_per_epoch, limit)
+        self.steps_per_epoch = None if self.batches_per_epoch is None else -(-self.batches_per_epoch // accumulate)
+        self.at_end = False
+        self.described = f"{source.described}; {accumulate} batches a step" if accumulate > 1 else source.described
+        self.moves = device.type != "cpu" or dtype is not None
+        # A batch is copied to the device while the one before it is trained on; only where fetching it draws nothing here.
+        self.copies_ahead = device.type == "cuda" and source.in_workers
+        # Of a source without a length: what held before the fetch that looked ahead, now and in the run that is resumed.
+        self._before_fetch: tuple[dict[str, Any], tuple[Any, Any, Any, Any]] | None = None
+        self._fetch_under: dict[str, Any] | None = None
+
+    def steps(self, progress: Progress, restore_random: Callable[[], None] | None = None) -> Iterator[StepBatch]:
+        """Yield the batches of step after step, endlessly, from `progress` on; the caller counts in `progress`.
+
+        `restore_random` is called once, at the instant of the first epoch at which the random states that were saved hold:
+        making an iterator draws from them, so in the middle of an epoch that is after it was made.
+        """
+        while True:
+            epoch, start = progress.epoch, progress.batch
+            if restore_random is not None and start == 0:
+                restore_random()
+                restore_random = None
+            batches = self.source.epoch(0 if self.same_epoch else epoch, start)
+            if self.batches_per_epoch is not None:
+                batches = itertools.islice(batches, self.batches_per_epoch - start)
+            if restore_random is not None and self._fetch_under is None:
+                restore_random()
+                restore_random = None
+            yield from self._epoch(grouped(batches, self.accumulate), start, restore_random)
+            restore_random = None
+            if progress.epoch == epoch:
+                raise self._ended_early(progress)
+
+    def _epoch(
+        self, steps: Iterator[StepBatch], start: int, restore_random: Callable[[], None] | None
+    ) -> Iterator[StepBatch]:
+        if self.batches_per_epoch is None:
+            yield from self._looking_ahead(steps, restore_random)
+            return
+        if self.copies_ahead:
+            steps = copied_ahead(steps, self.device, self.dtype)
+        elif self.moves:
+            steps = (self._moved(step) for step in steps)
+        passed = start
+        for step in steps:
+            passed += len(step)
+            self.at_end = passed >= self.batches_per_epoch
+            yield step
+
+    def _looking_ahead(
+        self, steps: Iterator[StepBatch], restore_random: Callable[[], None] | None
+    ) -> Iterator[StepBatch]:
+        """Fetch one step ahead, since nothing else says which step is the last; keep the state from before that fetch."""
+        if self._fetch_under is not None:
+            set_random_state(self._fetch_under)
+            self._fetch_under = None
+        following = next(steps, None)
+        if restore_random is not None:
+            restore_random()
+        while following is not None:
+            step, before, taken = following, self.source.state_dict(), snapshot()
+            following = next(steps, None)
+            self.at_end = following is None
+            self._before_fetch = None if self.at_end else (before, taken)
+            yield self._moved(step) if self.moves else step
+
+    def _moved(self, step: StepBatch) -> StepBatch:
+        pin = self.device.type == "cuda"
+        return StepBatch((move(part, self.device, self.dtype, pin), samples) for part, samples in step)
+
+    def _ended_early(self, progress: Progress) -> DataError:
+        if self.batches_per_epoch is None:
+            return DataError(
+                f"The training loader gave no batch in epoch {progress.epoch + 1}. It is empty, or it can be iterated only once, as a "
+                "generator can. Pass something that starts anew each time it is iterated, or set max_steps to what one pass gives."
+            )
+        return DataError(
+            f"The training loader ended after {progress.batch} of {self.batches_per_epoch} batches in epoch {progress.epoch + 1}. Either its "
+            "__len__ is wrong, or a StopIteration was raised in the dataset or collate_fn, which ends the iteration silently."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the source as it was at the last batch yielded."""
+        if self._before_fetch is not None:
+            before, taken = self._before_fetch
+            return {"source": before, "random": random_state(taken)}
+        return {"source": self.source.state_dict(), "random": None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give the source its state back, before `steps` is called."""
+        self.source.load_state_dict(state["source"])
+        self._fetch_under = state["random"]
+
+
+def limited(batches: int | None, limit: int | float | None) -> int | None:
+    """Return how many batches of an epoch are used: at most an int, or a share (at least one batch) of a known number."""
+    if limit is None:
+        return batches
+    if isinstance(limit, float):
+        if batches is None:
+            raise DataError(
+                f"A limit of {limit} is a share of the loader's length, and the loader has none. Give a number of batches."
+            )
+        return max(1, int(batches * limit)) if limit > 0 else 0
+    return limit if batches is None else min(limit, batches)
+
+
+def grouped(batches: Iterator[tuple[Any, int]], size: int) -> Iterator[StepBatch]:
+    """Put `size` batches of the loader in a step; the last step of an epoch takes what is left."""
+    if size == 1:
+        return map(_alone, batches)
+    return iter(lambda: StepBatch(itertools.islice(batches, size)), StepBatch())
+
+
+def _alone(batch: tuple[Any, int]) -> StepBatch:
+    return StepBatch((batch,))
+
+
+def copied_ahead(steps: Iterator[StepBatch], device: torch.device, dtype: torch.dtype | None) -> Iterator[StepBatch]:
+    """Yield steps on the device; the next one is copied from pinned memory on a stream of its own meanwhile.
+
+    The copy waits for what was enqueued before it, so the memory of the step before last, which it may get, is free by then;
+    nothing waits on the host.
+    """
+    stream = torch.Stream(device)
+
+    def copy(step: StepBatch | None) -> StepBatch | None:
+        if step is None:
+            return None
+        stream.wait_stream(torch.accelerator.current_stream(device))
+        with stream:
+            return StepBatch((move(part, device, dtype, pin=True), samples) for part, samples in step)
+
+    following = copy(next(steps, None))
+    while following is not None:
+        torch.accelerator.current_stream(device).wait_stream(stream)
+        step, following = following, None
+        following = copy(next(steps, None))
+        yield step

@@ -1,0 +1,419 @@
+"""Where the training batches come from: the contract of loaders, one class a case.
+
+Each source yields the loader's batches of one epoch, from any position on, with the number of samples in each, and says in
+`described` which case it is. See docs/data.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+)
+
+from sheer.data.batch import count_samples
+from sheer.data.order import GlobalSampler, mix_seed
+from sheer.errors import DataError
+from sheer.random import random_state, seed_sample, set_random_state
+
+
+class Source(Protocol):
+    """Batches of one epoch after the other."""
+
+    described: str  # for the start-up line
+    batches_per_epoch: int | None  # None: only the end of an epoch tells
+    in_workers: bool  # whether fetching a batch draws no random number in this process
+
+    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
+        """Open an epoch at its batch `start`; yield each batch with its number of samples."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs besides the epoch and the position in it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned, before `epoch` is called."""
+
+
+def make_source(loader: Any, *, seed: int, device: torch.device, resume_by_skipping: bool = False) -> Source:
+    """Choose the case that `loader` is.
+
+    Raises:
+        DataError: `loader` is nothing that yields batches, or is empty.
+    """
+    if isinstance(loader, Mapping):
+        return CombinedSource({name: make_source(part, seed=seed, device=device) for name, part in loader.items()})
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        return StatefulSource(loader)
+    if isinstance(loader, DataLoader) and _is_map_style(loader) and type(loader).__iter__ is DataLoader.__iter__:
+        if _has_default_order(loader):
+            return GlobalOrderSource(loader, seed=seed, device=device)
+        return OwnOrderSource(loader, seed=seed, device=device)
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise DataError(
+            "A dataset was given where a loader is expected. Wrap it: DataLoader(dataset, batch_size=..., shuffle=True)."
+        )
+    if not isinstance(loader, Iterable):
+        raise DataError(f"A loader must yield batches when iterated, and a {type(loader).__name__} cannot be iterated.")
+    return IterableSource(loader, resume_by_skipping=resume_by_skipping)
+
+
+def _is_map_style(loader: DataLoader[Any]) -> bool:
+    return not isinstance(loader.dataset, IterableDataset)
+
+
+def _has_default_order(loader: DataLoader[Any]) -> bool:
+    """Whether the order is DataLoader's own (`shuffle=True` or False), or already the global one."""
+    ordinary_batches = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
+    if type(loader.sampler) is RandomSampler:
+        return (
+            ordinary_batches and not loader.sampler.replacement and loader.sampler.num_samples == sized(loader.dataset)
+        )
+    return ordinary_batches and type(loader.sampler) in (SequentialSampler, GlobalSampler)
+
+
+class GlobalOrderSource:
+    """A map-style DataLoader in its default order: rebuilt over a `GlobalSampler`. Any position opens at once."""
+
+    def __init__(self, loader: DataLoader[Any], *, seed: int, device: torch.device) -> None:
+        own = loader.sampler if isinstance(loader.sampler, GlobalSampler) else None
+        shuffle = own.shuffle if own is not None else isinstance(loader.sampler, RandomSampler)
+        seed = own.seed if own is not None else generator_seed(loader, seed)
+        self.batch_size, size = loader.batch_size or 1, len(loader.dataset)  # type: ignore[arg-type]
+        self.sampler = GlobalSampler(
+            range(size), shuffle=shuffle, seed=seed, drop_last=loader.drop_last, batch_size=self.batch_size
+        )
+        self.one_by_one = loader.batch_size is None
+        self.in_workers = loader.num_workers > 0
+        batching: dict[str, Any] = {
+            "batch_size": loader.batch_size,
+            "sampler": self.sampler,
+            "drop_last": loader.drop_last,
+        }
+        if self.in_workers:
+            batching["sampler"] = KeyedSampler(self.sampler)
+        self.loader = rebuilt(loader, batching, seed=seed, device=device)
+        self.batches_per_epoch: int | None = -(-self.sampler.samples // self.batch_size)
+        order = f"shuffled by seed {seed}" if shuffle else "in order"
+        self.described = f"{self.sampler.samples:,} samples {order}"
+        if self.batches_per_epoch == 0:
+            dropped = (
+                f" The {size} in it do not fill one batch of {self.batch_size}, and drop_last drops them."
+                if size
+                else ""
+            )
+            raise DataError(f"The training loader is empty: there is no batch to train on.{dropped}")
+
+    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
+        """Open an epoch at its batch `start`, without reading what comes before."""
+        self.sampler.set_epoch(epoch, start * self.batch_size)
+        batches = iter(self.loader)
+        if self.one_by_one:
+            return ((batch, count_samples(batch)) for batch in batches)
+        full, rest = divmod(self.sampler.samples - start * self.batch_size, self.batch_size)
+        counts = itertools.chain(itertools.repeat(self.batch_size, full), [rest] if rest else [])
+        return zip(batches, counts, strict=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order depends on."""
+        return {"seed": self.sampler.seed, "samples": self.sampler.samples, "batch_size": self.batch_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the seed of the run that goes on; refuse other data."""
+        for name, what in (
+            ("samples", "samples in the training data"),
+            ("batch_size", "samples in a batch of the loader"),
+        ):
+            if state[name] != self.state_dict()[name]:
+                raise DataError(
+                    f"The run was made with {state[name]} {what}, and now there are {self.state_dict()[name]}: it cannot go on "
+                    "with the same order. Give it the same data and batch_size, or start a new run in another run_dir."
+                )
+        self.sampler.seed = state["seed"]
+
+
+class OwnOrderSource:
+    """A map-style DataLoader with a sampler of the user's own: its indices are replayed on resume, no data is read."""
+
+    def __init__(self, loader: DataLoader[Any], *, seed: int, device: torch.device) -> None:
+        self.order = ReplayedSampler(loader)
+        self.in_workers = loader.num_workers > 0
+        order: Sampler[Any] = (
+            KeyedSampler(self.order, lists=loader.batch_sampler is not None) if self.in_workers else self.order
+        )
+        batching: dict[str, Any] = (
+            {"batch_sampler": order} if loader.batch_sampler is not None else {"batch_size": None, "sampler": order}
+        )
+        self.loader = rebuilt(loader, batching, seed=seed, device=device)
+        self.batches_per_epoch = self.order.length
+        name = type(
+            loader.batch_sampler if type(loader.batch_sampler) not in (BatchSampler, type(None)) else loader.sampler
+        ).__name__
+        self.described = f"in the order of {name}"
+        if self.batches_per_epoch == 0:
+            raise DataError(f"The training loader is empty: its {name} yields no index.")
+
+    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
+        """Open an epoch at its batch `start`: the indices before it are drawn again, not read."""
+        self.order.open(epoch, start)
+        return ((batch, count_samples(batch)) for batch in iter(self.loader))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the random states that the epoch's indices were drawn under, and those of the user's own generators now."""
+        return {"drawn_under": self.order.drawn_under, "generators": self.order.generator_states()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Draw the indices of the epoch to come under the states that were saved."""
+        self.order.drawn_under = state["drawn_under"]
+        self.order.replay = state["drawn_under"] is not None
+        self.order.set_generator_states(state["generators"])
+
+
+class ReplayedSampler(Sampler[Any]):
+    """A user's sampler or batch sampler, whose random states at the start of an epoch are kept, so that it can be drawn again."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.inner: Iterable[Any] = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+        self.samplers: list[Any] = [
+            loader.sampler,
+            getattr(loader.batch_sampler, "sampler", None),
+            loader.batch_sampler,
+        ]
+        generators = [getattr(owner, "generator", None) for owner in (*self.samplers, loader)]
+        self.generators: list[torch.Generator] = list(
+            {id(g): g for g in generators if isinstance(g, torch.Generator)}.values()
+        )
+        self.length = sized(self.inner)
+        self.drawn_under: dict[str, Any] | None = None
+        self.replay = False
+        self.epoch, self.start = 0, 0
+
+    def open(self, epoch: int, start: int) -> None:
+        """Prepare the next iteration: from `start` on, under the states that are kept if this epoch was begun before."""
+        self.epoch, self.start = epoch, start
+        for sampler in self.samplers:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        now = self._states()
+        replayed = self.replay and self.start > 0
+        if replayed and self.drawn_under is not None:
+            self._set(self.drawn_under)
+        else:
+            self.drawn_under = now
+        self.replay = False
+        # All at once where the end is known: what a sampler draws must not mix with what the training draws.
+        indices = iter(list(self.inner)) if self.length is not None else iter(self.inner)
+        for _ in range(self.start):
+            next(indices)
+        if replayed:
+            self._set(now)
+        self.start = 0
+        yield from indices
+
+    def generator_states(self) -> list[torch.Tensor]:
+        """Return the states of the generators that the user gave to the loader or its samplers."""
+        return [generator.get_state() for generator in self.generators]
+
+    def set_generator_states(self, states: list[torch.Tensor]) -> None:
+        """Put the user's generators back into the states that `generator_states` returned."""
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)
+
+    def _states(self) -> dict[str, Any]:
+        return {"process": random_state(), "generators": self.generator_states()}
+
+    def _set(self, states: dict[str, Any]) -> None:
+        set_random_state(states["process"])
+        self.set_generator_states(states["generators"])
+
+
+class StatefulSource:
+    """A loader that keeps its own state, by `state_dict` and `load_state_dict`; it says itself where it goes on."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.batches_per_epoch = sized(loader)
+        self.in_workers = False  # its state must be that of the last batch trained on, so nothing is fetched ahead
+        self.described = f"from a {type(loader).__name__}, which keeps its own position"
+
+    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
+        """Open an epoch; a loader that was loaded in the middle of one goes on there."""
+        if start == 0 and hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(epoch)
+        return ((batch, count_samples(batch)) for batch in iter(self.loader))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loader's own state."""
+        return {"loader": self.loader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give the loader its state back."""
+        self.loader.load_state_dict(state["loader"])
+
+
+class IterableSource:
+    """Any other iterable of batches. A list can be entered anywhere; others only from their start, or by skipping."""
+
+    def __init__(self, loader: Iterable[Any], *, resume_by_skipping: bool) -> None:
+        self.loader = loader
+        self.resume_by_skipping = resume_by_skipping
+        self.batches_per_epoch = sized(loader)
+        self.in_workers = isinstance(loader, DataLoader) and loader.num_workers > 0
+        self.described = f"from a {type(loader).__name__}"
+        if self.batches_per_epoch == 0:
+            raise DataError(f"The training loader is empty: a {type(loader).__name__} of length 0.")
+
+    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
+        """Open an epoch; batches before `start` are read and dropped, if that is allowed."""
+        if isinstance(self.loader, Sequence):
+            batches: Iterator[Any] = itertools.islice(self.loader, start, None)
+        elif start == 0 or self.resume_by_skipping:
+            if hasattr(self.loader, "set_epoch"):
+                self.loader.set_epoch(epoch)
+            batches = iter(self.loader)
+            for _ in range(start):
+                next(batches)
+        else:
+            raise DataError(
+                f"The run stopped after {start} batches of an epoch, and a {type(self.loader).__name__} cannot go on there: it has "
+                "no state. Pass resume_by_skipping=True to fit to read and drop those batches, use a loader with state_dict and "
+                "load_state_dict (torchdata's StatefulDataLoader), or a map-style dataset."
+            )
+        return ((batch, count_samples(batch)) for batch in batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: there is no state but the position."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing."""
+
+
+class CombinedSource:
+    """Several loaders at once: each batch is a dict with one batch of each. The longest sets the epoch, the others start anew."""
+
+    def __init__(self, sources: dict[str, Source]) -> None:
+        unsized = [name for name, source in sources.items() if source.batches_per_epoch is None]
+        if unsized or not sources:
+            raise DataError(
+                f"Loaders in a dict need a length, which {unsized or 'an empty dict'} has not. Combine them in one iterable of your own."
+            )
+        self.sources = sources
+        self.lengths = {name: source.batches_per_epoch or 0 for name, source in sources.items()}
+        self.longest = max(self.lengths.values())
+        self.batches_per_epoch: int | None = self.longest
+        self.in_workers = all(source.in_workers for source in sources.values())
+        self.described = "; ".join(f"{name}: {source.described}" for name, source in sources.items())
+
+    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
+        """Open an epoch of the longest at its batch `start`; the samples of a step are those of the first loader."""
+        passed = epoch * self.longest + start
+        streams = [self._stream(name, passed) for name in self.sources]
+        return self._zipped(streams, self.longest - start)
+
+    def _zipped(self, streams: list[Iterator[tuple[Any, int]]], batches: int) -> Iterator[tuple[Any, int]]:
+        for _ in range(batches):
+            parts = [next(stream) for stream in streams]
+            yield {name: part for name, (part, _) in zip(self.sources, parts, strict=True)}, parts[0][1]
+
+    def _stream(self, name: str, passed: int) -> Iterator[tuple[Any, int]]:
+        epoch, start = divmod(passed, self.lengths[name])
+        opened = self.sources[name].epoch(epoch, start)  # opened here, as its random numbers are drawn here
+        return itertools.chain(opened, self._later_epochs(name, epoch + 1))
+
+    def _later_epochs(self, name: str, first: int) -> Iterator[tuple[Any, int]]:
+        for epoch in itertools.count(first):
+            yield from self.sources[name].epoch(epoch, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each."""
+        return {name: source.state_dict() for name, source in self.sources.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give each its state back."""
+        for name, source in self.sources.items():
+            source.load_state_dict(state[name])
+
+
+def rebuilt(loader: DataLoader[Any], batching: dict[str, Any], *, seed: int, device: torch.device) -> DataLoader[Any]:
+    """Make a plain DataLoader with the options of `loader` and another order; with workers, each sample gets a seed of its own."""
+    dataset = SeededDataset(loader.dataset, seed) if loader.num_workers > 0 else loader.dataset
+    return DataLoader(
+        dataset,
+        **batching,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory or device.type == "cuda",  # a copy from other memory makes the host wait
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+        in_order=loader.in_order,
+    )
+
+
+def generator_seed(loader: DataLoader[Any], otherwise: int) -> int:
+    """Return the seed of the loader's own generator, if it was given one."""
+    return loader.generator.initial_seed() if loader.generator is not None else otherwise
+
+
+def sized(loader: Any) -> int | None:
+    """Return the length of a loader, or None where it has none."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+class KeyedSampler(Sampler[Any]):
+    """The indices of another sampler, each with the epoch: what a `SeededDataset` seeds a sample by."""
+
+    def __init__(self, inner: GlobalSampler | ReplayedSampler, *, lists: bool = False) -> None:
+        self.inner, self.lists = inner, lists
+
+    def __len__(self) -> int:
+        return len(self.inner) if isinstance(self.inner, GlobalSampler) else self.inner.length or 0
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch = self.inner.epoch
+        index: Any
+        for index in self.inner:
+            yield [(epoch, one) for one in index] if self.lists else (epoch, index)
+
+
+class SeededDataset(Dataset[Any]):
+    """A dataset in a worker, whose random numbers depend on (seed, epoch, index): on no worker, rank or order."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        if hasattr(dataset, "__getitems__") and not isinstance(dataset, Subset):
+            self.__getitems__ = self._get_many  # DataLoader looks for it on the object
+
+    def __getitem__(self, key: tuple[int, Any]) -> Any:
+        epoch, index = key
+        self._seed(epoch, index)
+        return self.dataset[index]
+
+    def _get_many(self, keys: list[tuple[int, Any]]) -> Any:
+        """Fetch a batch from a dataset that fetches many at once; its samples share the seed of the first."""
+        self._seed(*keys[0])
+        return self.dataset.__getitems__([index for _, index in keys])  # type: ignore[attr-defined]
+
+    def _seed(self, epoch: int, index: Any) -> None:
+        number = index if isinstance(index, int) else zlib.crc32(repr(index).encode())
+        seed_sample(mix_seed(self.seed, epoch, number))

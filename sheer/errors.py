@@ -1,0 +1,33 @@
+"""The errors and the warning that Sheer raises for what a user can mend. Each says what was wrong, what was expected, what to do."""
+
+
+class SheerError(Exception):
+    """The base of all errors of Sheer's own."""
+
+
+class SettingsError(SheerError, ValueError):
+    """A setting that is unknown, of the wrong type, out of range, or in contradiction with another."""
+
+
+class StepError(SheerError, TypeError):
+    """A step function that returned what cannot be trained on."""
+
+
+class ModelError(SheerError, ValueError):
+    """A model, optimizer and scheduler that do not fit together."""
+
+
+class DataError(SheerError, ValueError):
+    """A loader that cannot be used as it is, or that ended before its time."""
+
+
+class RunError(SheerError, RuntimeError):
+    """A run directory, or a checkpoint in it, that cannot be used."""
+
+
+class NonFiniteError(SheerError, FloatingPointError):
+    """A loss or a gradient that became NaN or infinite."""
+
+
+class SheerWarning(UserWarning):
+    """Something that Sheer did or left undone, and that a user would want to know."""

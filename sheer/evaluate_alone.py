@@ -1,0 +1,78 @@
+"""`Trainer.validate`, `test` and `predict`: an evaluation without a run around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sheer.build import make_compute, place_model, resolve_device, takes_step_number
+from sheer.errors import RunError
+from sheer.evaluation import Compute, Evaluation, evaluate, predict
+from sheer.events import Events, events_of
+from sheer.saving import load_weights
+from sheer.settings import Settings
+from sheer.start import Plugins, set_backends
+from sheer.step import Step
+
+
+def evaluate_alone(
+    cfg: Settings,
+    plugins: Plugins,
+    model: nn.Module,
+    step: Step,
+    loader: Any,
+    prefix: str,
+    checkpoint: str | Path | None,
+    run_dir: Path | None,
+    limit: int | float | None,
+) -> dict[str, float]:
+    """Return the metrics of `step` over a loader."""
+    compute, events = prepare(cfg, plugins, model, checkpoint, run_dir)
+    evaluation = Evaluation(step, loader, prefix, limit, takes_step_number(step))
+    return evaluate(model, evaluation, compute, events, 0)[0]
+
+
+def predict_alone(
+    cfg: Settings,
+    plugins: Plugins,
+    model: nn.Module,
+    step: Step,
+    loader: Any,
+    checkpoint: str | Path | None,
+    run_dir: Path | None,
+    limit: int | float | None,
+) -> Iterator[Any]:
+    """Return an iterator over what `step` returns for each batch."""
+    compute, events = prepare(cfg, plugins, model, checkpoint, run_dir)
+    takes_step_number(step)
+    return predict(model, step, loader, compute, events, limit)
+
+
+def prepare(
+    cfg: Settings, plugins: Plugins, model: nn.Module, checkpoint: str | Path | None, run_dir: Path | None
+) -> tuple[Compute, Events]:
+    """Put the model where it is computed, with the weights of a checkpoint if one is meant.
+
+    Raises:
+        RunError: there is no such checkpoint, or it is of another model.
+    """
+    compute = make_compute(cfg.precision, resolve_device(cfg.device))
+    set_backends(cfg)
+    callbacks = list(plugins.callbacks)
+    if checkpoint is not None:
+        if checkpoint in ("best", "last"):
+            if run_dir is None:
+                raise RunError(
+                    f"checkpoint={checkpoint!r} is of a run, and this trainer has none yet. Set run_dir, call fit first, or give a path."
+                )
+            load_weights(model, run_dir, str(checkpoint))
+        else:
+            load_weights(model, checkpoint)
+        callbacks = [
+            c for c in callbacks if not hasattr(c, "averages")
+        ]  # these weights are to be used, not the averages
+    place_model(model, compute)
+    return compute, events_of(callbacks)

@@ -1,0 +1,152 @@
+"""Validate, test, predict: a model in eval mode, without gradients, over every batch once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from sheer.data.batch import count_samples, move
+from sheer.data.feed import limited
+from sheer.data.source import sized
+from sheer.errors import DataError
+from sheer.events import Events
+from sheer.metrics import Media, Metrics
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a step is computed, and in which precision."""
+
+    device: torch.device
+    autocast: AbstractContextManager[Any]  # entered around the step
+    dtype: torch.dtype | None = None  # what floating inputs are converted to, where the model was
+
+    def prepared(self, batch: Any) -> Any:
+        """Return a batch where the step needs it."""
+        if self.device.type == "cpu" and self.dtype is None:
+            return batch
+        return move(batch, self.device, self.dtype, pin=self.device.type == "cuda")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` is to do: which step over which loaders, and what its metrics are called."""
+
+    step: Callable[..., Any]
+    loaders: Any  # one loader, or a mapping of names to loaders
+    prefix: str  # "val" or "test"
+    limit: int | float | None = None  # batches of each loader, or a share of them
+    numbered: bool = False  # whether the step takes the number of the training step
+
+
+def evaluate(
+    model: nn.Module, evaluation: Evaluation, compute: Compute, events: Events, step: int
+) -> tuple[dict[str, float], dict[str, Media]]:
+    """Run the evaluation's step over all of its batches.
+
+    Returns:
+        the weighted means as `val/<name>`, or `val/<loader>/<name>` where there are several loaders, and pictures and texts.
+    """
+    means: dict[str, float] = {}
+    media: dict[str, Media] = {}
+    with eval_mode(model, events):
+        for loader_name, loader in named_loaders(evaluation.loaders):
+            metrics = Metrics()
+            for batch, samples in counted(loader, evaluation.limit):
+                batch = compute.prepared(batch)
+                with torch.no_grad(), compute.autocast:
+                    output = (
+                        evaluation.step(model, batch, step) if evaluation.numbered else evaluation.step(model, batch)
+                    )
+                metrics.add(output, samples)
+            prefix = f"{evaluation.prefix}/{loader_name}"
+            means.update({prefix + name: value for name, value in metrics.read().items()})
+            media.update({prefix + name: value for name, value in metrics.take_media().items()})
+    return means, media
+
+
+def predict(
+    model: nn.Module,
+    step: Callable[..., Any],
+    loader: Any,
+    compute: Compute,
+    events: Events,
+    limit: int | float | None,
+) -> Iterator[Any]:
+    """Yield what the step returns for each batch, as it comes; nothing is piled up."""
+    with eval_mode(model, events):
+        for batch, _ in counted(loader, limit):
+            batch = compute.prepared(batch)
+            with (
+                torch.no_grad(),
+                compute.autocast,
+            ):  # left before the caller goes on, whose gradients are its own affair
+                output = step(model, batch)
+            yield output
+
+
+class eval_mode:
+    """While entered the model is in eval mode, with the averages of a callback that keeps some; then each part is as it was."""
+
+    def __init__(self, model: nn.Module, events: Events) -> None:
+        self.model, self.events = model, events
+        self.training: list[nn.Module] = []
+
+    def __enter__(self) -> None:
+        self.training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        for callback in self.events.evaluation_start:
+            callback.on_evaluation_start(self.model)
+
+    def __exit__(self, *error: object) -> None:
+        for callback in reversed(self.events.evaluation_end):
+            callback.on_evaluation_end(self.model)
+        for module in self.training:
+            module.training = True
+
+
+def named_loaders(loaders: Any) -> list[tuple[str, Any]]:
+    """Return loaders with the part of a metric's name that each adds: nothing where there is only one."""
+    if isinstance(loaders, Mapping):
+        return [(f"{name}/", loader) for name, loader in loaders.items()]
+    return [("", loaders)]
+
+
+def counted(loader: Iterable[Any], limit: int | float | None = None) -> Iterator[tuple[Any, int]]:
+    """Yield each batch with its number of samples: known from the order, or the leading dimension of its first tensor.
+
+    Raises:
+        DataError: the loader gave no batch, or fewer than it said.
+    """
+    most = limited(sized(loader), limit)
+    size, samples = _known_samples(loader)
+    given = 0
+    for batch in itertools.islice(loader, most):
+        given += 1
+        if size is None:
+            yield batch, count_samples(batch)
+        else:
+            yield batch, min(size, samples - (given - 1) * size)
+    if given == 0 and most != 0:
+        raise DataError(
+            f"The loader to evaluate on ({type(loader).__name__}) gave no batch. It is empty, or can be iterated only once."
+        )
+    if most is not None and given < most:
+        raise DataError(
+            f"The loader to evaluate on ended after {given} of {most} batches. Either its __len__ is wrong, or a StopIteration was raised "
+            "in the dataset or collate_fn, which ends the iteration silently."
+        )
+
+
+def _known_samples(loader: Any) -> tuple[int | None, int]:
+    """Return the batch size and the number of samples of a DataLoader whose sampler says both."""
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return None, 0
+    return loader.batch_size, len(loader.sampler)  # type: ignore[arg-type]

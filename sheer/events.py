@@ -1,0 +1,204 @@
+"""The events of a run, and which callbacks have each. A callback is any object with some of these methods."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sheer.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What a callback or logger is told at the start of a run."""
+
+    run_id: str
+    run_dir: Path
+    device: torch.device
+    start_step: int  # the steps that were done before: 0, or where the run goes on
+    total_steps: int | None  # the steps of the whole run; None where only time or the data's end tells
+    steps_per_epoch: int | None
+    log_every_n_steps: int
+    monitor: str | None
+    monitor_mode: str
+    hparams: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+class OnFitStart(Protocol):
+    """Once, before the first step, after a checkpoint was restored."""
+
+    def on_fit_start(self, model: nn.Module, optimizers: Mapping[str, Optimizer], info: RunInfo) -> None:  # noqa: D102
+        ...
+
+
+class OnEpochStart(Protocol):
+    """Before the first step of an epoch."""
+
+    def on_epoch_start(self, epoch: int, model: nn.Module) -> None:  # noqa: D102
+        ...
+
+
+class OnStepStart(Protocol):
+    """Before the forward pass of a step, its batch on the device."""
+
+    def on_step_start(self, step: int, model: nn.Module, batch: Any) -> None:  # noqa: D102
+        ...
+
+
+class OnGradients(Protocol):
+    """The gradients of a step are complete and unscaled, not clipped; they may be changed."""
+
+    def on_gradients(self, step: int, model: nn.Module) -> None:  # noqa: D102
+        ...
+
+
+class OnUpdate(Protocol):
+    """An optimizer has changed the parameters."""
+
+    def on_update(self, step: int, model: nn.Module) -> None:  # noqa: D102
+        ...
+
+
+class OnLog(Protocol):
+    """At a log point; what it returns is logged with the rest."""
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float] | None:  # noqa: D102
+        ...
+
+
+class OnEvaluationStart(Protocol):
+    """Before a validation, test or prediction; weights changed here are to be put back at its end."""
+
+    def on_evaluation_start(self, model: nn.Module) -> None:  # noqa: D102
+        ...
+
+
+class OnEvaluationEnd(Protocol):
+    """After a validation, test or prediction, also after one that failed."""
+
+    def on_evaluation_end(self, model: nn.Module) -> None:  # noqa: D102
+        ...
+
+
+class OnValidationEnd(Protocol):
+    """After a validation during training, with its metrics. A string returned stops the run, and is the reason."""
+
+    def on_validation_end(self, step: int, metrics: Mapping[str, float]) -> str | None:  # noqa: D102
+        ...
+
+
+class OnStepEnd(Protocol):
+    """At the end of a step, after logging and validation, before saving. A string returned stops the run."""
+
+    def on_step_end(self, step: int, model: nn.Module) -> str | None:  # noqa: D102
+        ...
+
+
+class OnEpochEnd(Protocol):
+    """At the end of an epoch, after its validation, before saving. A string returned stops the run."""
+
+    def on_epoch_end(self, epoch: int, model: nn.Module) -> str | None:  # noqa: D102
+        ...
+
+
+class OnSave(Protocol):
+    """A checkpoint was committed."""
+
+    def on_save(self, step: int, path: Path) -> None:  # noqa: D102
+        ...
+
+
+class OnFitEnd(Protocol):
+    """Once, at the end of the run, after the last save."""
+
+    def on_fit_end(self, step: int, model: nn.Module) -> None:  # noqa: D102
+        ...
+
+
+class OnException(Protocol):
+    """The run ends by an error."""
+
+    def on_exception(self, error: BaseException) -> None:  # noqa: D102
+        ...
+
+
+class Averages(Protocol):
+    """Has weights of its own that evaluation uses instead of the trained ones, as EMA and SWA do."""
+
+    def averages(self) -> dict[str, Tensor] | None:
+        """Return the averages by the model's names, or None while there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """For each event the callbacks that have it, in the order they were given."""
+
+    fit_start: tuple[OnFitStart, ...] = ()
+    epoch_start: tuple[OnEpochStart, ...] = ()
+    step_start: tuple[OnStepStart, ...] = ()
+    gradients: tuple[OnGradients, ...] = ()
+    update: tuple[OnUpdate, ...] = ()
+    log: tuple[OnLog, ...] = ()
+    evaluation_start: tuple[OnEvaluationStart, ...] = ()
+    evaluation_end: tuple[OnEvaluationEnd, ...] = ()
+    validation_end: tuple[OnValidationEnd, ...] = ()
+    step_end: tuple[OnStepEnd, ...] = ()
+    epoch_end: tuple[OnEpochEnd, ...] = ()
+    save: tuple[OnSave, ...] = ()
+    fit_end: tuple[OnFitEnd, ...] = ()
+    exception: tuple[OnException, ...] = ()
+
+
+EVENTS = tuple(f"on_{field.name}" for field in fields(Events))
+
+
+def events_of(callbacks: Sequence[object]) -> Events:
+    """Sort callbacks by the events they have.
+
+    Raises:
+        SettingsError: an object has none of the events, or a method that looks like one and is not.
+    """
+    for callback in callbacks:
+        _check(callback)
+    by_event: dict[str, Any] = {
+        field.name: tuple(callback for callback in callbacks if hasattr(callback, f"on_{field.name}"))
+        for field in fields(Events)
+    }
+    return Events(**by_event)
+
+
+def _check(callback: object) -> None:
+    if isinstance(callback, type):
+        raise SettingsError(f"callbacks holds the class {callback.__name__}; give an object: {callback.__name__}().")
+    methods = [name for name in dir(callback) if name.startswith("on_") and callable(getattr(callback, name))]
+    for name in methods:
+        if name not in EVENTS:
+            near = difflib.get_close_matches(name, EVENTS, n=1)
+            advice = f"Did you mean {near[0]}?" if near else f"The events are {', '.join(EVENTS)}."
+            raise SettingsError(f"{type(callback).__name__}.{name} is no event, so it would never be called. {advice}")
+    if not methods:
+        hint = " To use a function, name its event: sheer.On(step_end=function)." if callable(callback) else ""
+        raise SettingsError(
+            f"{type(callback).__name__} has no event, so it would do nothing. The events are {', '.join(EVENTS)}.{hint}"
+        )
+
+
+def named(callbacks: Iterable[object]) -> dict[str, Any]:
+    """Return the callbacks that have state, by the name their state is saved under: the class, numbered where one repeats."""
+    out: dict[str, Any] = {}
+    for callback in callbacks:
+        if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
+            name = type(callback).__name__
+            while name in out:
+                stem, _, number = name.partition("-")
+                name = f"{stem}-{int(number or 1) + 1}"
+            out[name] = callback
+    return out

@@ -1,0 +1,272 @@
+"""Metrics: values that steps return, kept on the device, summed by weight, read late."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sheer.errors import StepError
+
+Number = Tensor | float | int
+_FOLD = 1024  # values of one metric that are kept one by one before they are stacked, to bound their number
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean and what it weighs: `total / count`.
+
+    A step returns one for whatever is not a mean over samples, such as a loss over the tokens of padded sentences. Micro-batches,
+    batches and ranks are then put together exactly: sum of totals over sum of counts.
+    """
+
+    total: Number
+    count: Number
+
+
+def mean(values: Tensor, mask: Tensor | None = None) -> Mean:
+    """Make the `Mean` of `values`, of any shape; with a `mask` (broadcast over them, bool or weights) of those it selects."""
+    if mask is None:
+        return Mean(values.sum(), values.numel())
+    weights = mask.expand_as(values).to(values.dtype)
+    return Mean((values * weights).sum(), weights.sum())
+
+
+@runtime_checkable
+class Computed(Protocol):
+    """A metric object that keeps its own state, as those of torchmetrics do."""
+
+    def compute(self) -> Any:
+        """Return the value over all that was seen since the last reset."""
+
+    def reset(self) -> None:
+        """Start anew."""
+
+
+class Image(NamedTuple):
+    """A picture for the loggers: floats from 0 to 1 or bytes, [height, width], [channels, height, width] or [height, width, channels]."""
+
+    data: Any
+
+
+class Text(NamedTuple):
+    """Words for the loggers."""
+
+    text: str
+
+
+class Figure(NamedTuple):
+    """A matplotlib figure for the loggers."""
+
+    figure: Any
+
+
+Media = Image | Text | Figure
+
+
+class _Sum:
+    """The values of one metric since the last reading, and their weights."""
+
+    __slots__ = ("counts", "folded", "totals", "weighted")
+
+    def __init__(self, weighted: bool) -> None:
+        self.weighted = weighted  # totals are means, to be multiplied by their counts when they are read
+        self.totals: list[Number] = []
+        self.counts: list[Number] = []
+        self.folded: list[tuple[Tensor, Tensor]] = []
+
+    def fold(self) -> None:
+        """Stack what is kept one by one; nothing is read, so nothing waits for the device."""
+        self.folded.append((_stacked(self.totals), _stacked(self.counts)))
+        self.totals.clear()
+        self.counts.clear()
+
+
+class Metrics:
+    """What steps returned since the last reading. Adding touches no value; `read` transfers all of them at once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, _Sum] = {}
+        self._computed: dict[str, Computed] = {}
+        self._media: dict[str, Media] = {}
+
+    def add(self, output: object, samples: int, prefix: str = "") -> None:
+        """Add what a step returned for a micro-batch of `samples`: a loss, or a mapping of names to values.
+
+        Raises:
+            StepError: a value is of a kind that cannot be a metric.
+        """
+        values = output if isinstance(output, Mapping) else {"loss": output}
+        for name, value in values.items():
+            entry = self._sums.get(prefix + name)
+            if type(value) is Tensor and entry is not None and entry.weighted and value.dim() == 0:
+                entry.totals.append(value.detach())
+                entry.counts.append(samples)
+                if len(entry.totals) == _FOLD:
+                    entry.fold()
+            else:
+                self._add_any(prefix + name, value, samples)
+
+    def _add_any(self, name: str, value: object, samples: int) -> None:
+        if isinstance(value, Mean):
+            total, count = value.total, value.count
+            entry = self._sums.setdefault(name, _Sum(weighted=False))
+        elif isinstance(value, (Tensor, int, float)):
+            total, count = value, samples
+            entry = self._sums.setdefault(name, _Sum(weighted=True))
+        elif isinstance(value, (Image, Text, Figure)):
+            self._media[name] = value
+            return
+        elif isinstance(value, Computed):
+            self._computed[name] = value
+            return
+        elif value is None:
+            return
+        else:
+            raise StepError(_cannot_be_a_metric(name, value))
+        if entry.weighted is isinstance(value, Mean):
+            raise StepError(
+                f"{name!r} was a Mean in some steps and a plain value in others; return the same kind each time."
+            )
+        entry.totals.append(_scalar(name, total))
+        entry.counts.append(_scalar(name, count))
+        if len(entry.totals) >= _FOLD:
+            entry.fold()
+
+    def read(self) -> dict[str, float]:
+        """Return the weighted means of all that was added, and forget it. The one place where the host waits for the device."""
+        means = {name: total / count if count else float("nan") for name, (total, count) in self._read_sums().items()}
+        for name, metric in self._computed.items():
+            means.update(_computed_values(name, metric.compute()))
+            metric.reset()
+        self._sums.clear()
+        self._computed.clear()
+        return means
+
+    def values(self, name: str) -> list[float]:
+        """Return the single values of a metric since the last reading, oldest first (read from the device)."""
+        return [total / (1.0 if entry.weighted else count) for key, entry, total, count in self._rows() if key == name]
+
+    def take_media(self) -> dict[str, Media]:
+        """Return the pictures and texts, the last of each name, and forget them."""
+        media, self._media = self._media, {}
+        return media
+
+    def set_aside(self) -> dict[str, dict[str, Any]]:
+        """Empty the metric objects and return what was in them: an evaluation may use the same ones."""
+        kept = {name: copy.deepcopy(vars(metric)) for name, metric in self._computed.items()}
+        for metric in self._computed.values():
+            metric.reset()
+        return kept
+
+    def put_back(self, kept: dict[str, dict[str, Any]]) -> None:
+        """Give the metric objects back what `set_aside` took from them."""
+        for name, content in kept.items():
+            vars(self._computed[name]).update(content)
+
+    def __bool__(self) -> bool:
+        return bool(self._sums or self._computed)
+
+    def _read_sums(self) -> dict[str, tuple[float, float]]:
+        sums: dict[str, tuple[float, float]] = {}
+        for name, entry, total, count in self._rows():
+            before_total, before_count = sums.get(name, (0.0, 0.0))
+            sums[name] = (before_total + (total * count if entry.weighted else total), before_count + count)
+        return sums
+
+    def _rows(self) -> list[tuple[str, _Sum, float, float]]:
+        """Return all values with their counts on the host, in one transfer a device."""
+        for entry in self._sums.values():
+            if entry.totals:
+                entry.fold()
+        columns = [tensor for entry in self._sums.values() for pair in entry.folded for tensor in pair]
+        numbers = iter(_to_host(columns))
+        rows = []
+        for name, entry in self._sums.items():
+            for _ in entry.folded:
+                rows += [(name, entry, total, count) for total, count in zip(next(numbers), next(numbers), strict=True)]
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was added since the last reading; metric objects save themselves, with the model that holds them."""
+        for entry in self._sums.values():
+            if entry.totals:
+                entry.fold()
+        return {
+            name: {
+                "weighted": entry.weighted,
+                "folded": [[total.cpu(), count.cpu()] for total, count in entry.folded],
+            }
+            for name, entry in self._sums.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._sums.clear()
+        for name, saved in state.items():
+            entry = self._sums[name] = _Sum(saved["weighted"])
+            entry.folded = [(total, count) for total, count in saved["folded"]]
+
+
+def _scalar(name: str, value: Number) -> Number:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise StepError(
+                f"The step returned {name!r} with shape {list(value.shape)}; a metric is one number. Return its mean, or "
+                "sheer.mean(values, mask) where not every value counts."
+            )
+        # A view would keep the whole tensor it was taken from until the next log point.
+        return value.detach().reshape(()).clone() if value.dim() else value.detach()
+    return float(value)
+
+
+def _stacked(values: list[Number]) -> Tensor:
+    """Put single numbers into one tensor, on the device where they are."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return torch.tensor(values, dtype=torch.float64)
+    device = tensors[0].device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    if len(tensors) == len(values):
+        return torch.stack(tensors).to(wide)
+    return torch.stack([torch.as_tensor(value, dtype=wide, device=device) for value in values])
+
+
+def _to_host(columns: list[Tensor]) -> list[list[float]]:
+    """Copy columns of numbers to the host: one transfer for each device they are on, and one wait."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, column in enumerate(columns):
+        by_device.setdefault(column.device, []).append(index)
+    out: list[list[float]] = [[] for _ in columns]
+    for indices in by_device.values():
+        flat = torch.cat([columns[index] for index in indices]).tolist()
+        at = 0
+        for index in indices:
+            out[index] = flat[at : at + len(columns[index])]
+            at += len(columns[index])
+    return out
+
+
+def _computed_values(name: str, value: Any) -> dict[str, float]:
+    """Read what a metric object computed: a number, or a mapping of numbers."""
+    if isinstance(value, Mapping):
+        return {f"{name}/{key}": float(item) for key, item in value.items()}
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return {f"{name}/{index}": item for index, item in enumerate(value.flatten().tolist())}
+    return {name: float(value)}
+
+
+def _cannot_be_a_metric(name: str, value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return (
+            f"The step returned {name!r} as a {type(value).__name__}. A total with its count is written sheer.Mean(total, count), so "
+            "that it cannot be mistaken for two metrics."
+        )
+    return (
+        f"The step returned {name!r} as a {type(value).__name__}. A metric is a scalar tensor, a number, a sheer.Mean, an object with "
+        "compute and reset, or a sheer.Image, sheer.Text or sheer.Figure."
+    )

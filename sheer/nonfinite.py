@@ -1,0 +1,50 @@
+"""Losses and gradient norms that became NaN or infinite: found late, without waiting for the device, but named exactly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sheer.errors import NonFiniteError
+
+_FOLD = 1024
+
+
+class Watch:
+    """Values on the device, each with its step, tested together when `check` is called."""
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []
+        self._seen: list[tuple[int, str]] = []
+        self._folded: list[Tensor] = []
+
+    def add(self, step: int, what: str, value: Tensor) -> None:
+        """Keep a scalar to be tested."""
+        self._values.append(value.detach())
+        self._seen.append((step, what))
+        if len(self._values) == _FOLD:
+            self._fold()
+
+    def _fold(self) -> None:
+        self._folded.append(torch.stack([torch.isfinite(value) for value in self._values]))
+        self._values.clear()
+
+    def check(self) -> None:
+        """Wait for the device and test what was added since the last check.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite; it names the first step at which one was.
+        """
+        if self._values:
+            self._fold()
+        finite = torch.cat(self._folded).tolist() if self._folded else []
+        seen = list(self._seen)
+        self._folded.clear()
+        self._seen.clear()
+        if not all(finite):
+            step, what = seen[finite.index(False)]
+            raise NonFiniteError(
+                f"The {what} became NaN or infinite at step {step}. Nothing was saved since then. Usual causes: a learning rate that is too "
+                "high (try gradient_clip_val=1.0 or a warm-up), a log or a division of 0, 16-bit overflow (try bf16-mixed), or a bad "
+                'sample. detect_anomaly=True names the operation; nonfinite="skip" leaves such steps out, "ignore" goes on.'
+            )

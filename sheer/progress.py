@@ -1,0 +1,31 @@
+"""How far a run has come: counters that are saved and restored."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(slots=True)
+class Progress:
+    """The counters of a run. A step counts once it has begun; all others count what is done."""
+
+    step: int = 0  # steps, from the start of the run
+    epoch: int = 0  # whole epochs
+    batch: int = 0  # batches of the loader in the epoch that is running
+    samples: int = 0  # samples trained on
+    skipped: int = 0  # steps whose update was left out, for a NaN or infinity in them
+    skipped_in_a_row: int = 0  # how many of them came one after the other, up to the last
+    last_skipped: int = 0  # the last of them
+    seconds: float = 0.0  # time spent between the start and the last save, earlier sessions counted in
+    stopped_by: str | None = None  # why the run ended; None: it has not
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters."""
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the counters back."""
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,145 @@
+"""The folder of a run: its place, its `run.json`, and whether a run may go on in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sheer.errors import RunError
+from sheer.settings import Settings
+from sheer.version import __version__
+
+# On resume these may differ: how long, how often, where; nothing that changes what a step computes.
+FREE = frozenset(
+    {
+        "max_steps", "max_epochs", "max_time", "device", "log_every_n_steps", "validate_every_n_steps", "validate_first",
+        "limit_val_batches", "checkpoint", "run_dir", "resume", "detect_anomaly",
+    }
+)  # fmt: skip
+
+
+def choose_run_dir(cfg: Settings) -> Path:
+    """Return the run's folder: the one that was set, or `runs/<script>/<time>`."""
+    if cfg.run_dir is not None:
+        return Path(cfg.run_dir)
+    folder = Path("runs") / script().stem
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    candidates = itertools.chain([folder / now], (folder / f"{now}-{number}" for number in itertools.count(2)))
+    return next(path for path in candidates if not path.exists())
+
+
+def script() -> Path:
+    """Return the script that Python was started with; `interactive` where there is none."""
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    return Path(main) if main else Path("interactive")
+
+
+def open_run_dir(path: Path, cfg: Settings, hparams: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Make the folder of a run, or open that of one that goes on, and return its `run.json`.
+
+    Raises:
+        RunError: the folder holds a run and `resume` is not set; or what may not differ differs; or it cannot be written.
+    """
+    file = path / "run.json"
+    if file.exists() and cfg.resume is None:
+        raise RunError(
+            f'{path} already holds a run. To go on with it, set resume="auto"; to start another, give another run_dir (or delete that folder).'
+        )
+    settings = dataclasses.asdict(cfg)
+    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() and cfg.resume == "auto" else {}
+    if record:
+        refuse_differences(path, record["settings"], settings)
+    else:
+        record = {
+            "id": secrets.token_hex(4),
+            "seed": seed,
+            "settings": settings,
+            "hparams": plain(hparams),
+            "sessions": [],
+        }
+    record["sessions"].append(session())
+    try:
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        temporary = path / f".run.json.{os.getpid()}"
+        temporary.write_text(json.dumps(record, indent=1))
+        temporary.replace(file)
+    except OSError as error:
+        raise RunError(
+            f"The run directory {path} cannot be written: {error.strerror}. Give another run_dir, or make room."
+        ) from error
+    return record
+
+
+def refuse_differences(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `RunError` with the list of settings that differ from those of the run that is to go on."""
+    differing = [
+        f"  {name}: {before[name]!r} then, {value!r} now"
+        for name, value in now.items()
+        if name not in FREE and name in before and before[name] != value
+    ]
+    if differing:
+        raise RunError(
+            f"{path} holds a run with other settings, which would not be the same run any more:\n"
+            + "\n".join(differing)
+            + "\nPut them back, or give another run_dir. Durations, cadences and loggers may change."
+        )
+
+
+def session() -> dict[str, Any]:
+    """Describe this start: when, by which command, from which state of the code, on what."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [sys.executable, *sys.argv],
+        "script": str(script()),
+        "git": git_state(script().parent),
+        "versions": {"sheer": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "host": platform.node(),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return the commit that the code is at, and whether it was changed since; None outside of git."""
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "changed": bool(changes)}
+
+
+def as_mapping(hparams: Any) -> dict[str, Any]:
+    """Return hyper-parameters as a dict: from a mapping, a dataclass or a namespace."""
+    if hparams is None:
+        return {}
+    if isinstance(hparams, Mapping):
+        return dict(hparams)
+    if dataclasses.is_dataclass(hparams) and not isinstance(hparams, type):
+        return dataclasses.asdict(hparams)
+    if hasattr(hparams, "__dict__"):
+        return dict(vars(hparams))
+    raise RunError(f"hparams must be a mapping, a dataclass or a namespace, not a {type(hparams).__name__}.")
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON; what JSON does not know is written as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,70 @@
+"""The time between the first and the last step: loggers and console open, signals heard, and all of it closed whatever happens."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+import torch
+
+from sheer.data.batch import describe
+from sheer.run import Run
+from sheer.signals import EXIT_STATUS, StopSignals, is_signal
+
+
+class Session:
+    """Opens what a run needs while it goes; on an error tells the callbacks, and adds to the error where it happened."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.signals = StopSignals()
+
+    def __enter__(self) -> Session:
+        self.run.loggers.start(self.run.info)
+        self.run.console.open(self.run.progress, self.run.total_steps)
+        self.signals.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.signals.__exit__(kind, error, trace)
+        if error is not None:
+            for callback in self.run.events.exception:
+                callback.on_exception(error)
+            error.add_note(self._where(error))
+        self.run.loggers.close()
+        self.run.console.close()
+
+    def _where(self, error: BaseException) -> str:
+        """Say in which step an error happened, on which batch, with how much memory in use."""
+        step, batch = self.run.progress.step, self.run.batch
+        lines = [f"In step {step:,}" if step else "Before the first step"]
+        if batch is not None:
+            lines.append(f"its batch: {describe(batch)}")
+        if self.run.compute.device.type != "cpu":
+            used, top = torch.accelerator.memory_allocated(), torch.accelerator.max_memory_allocated()
+            lines.append(
+                f"memory on {self.run.compute.device}: {used / 2**30:.2f} GiB in use, {top / 2**30:.2f} GiB at most"
+            )
+        if isinstance(error, torch.OutOfMemoryError):
+            lines.append("set micro_batch_size to compute the same step in smaller parts")
+        if isinstance(error, StopIteration):
+            lines.append(
+                "a StopIteration came out of your own code: a next() without a default, most likely; it does not end the epoch"
+            )
+        return "; ".join(lines) + "."
+
+
+def leave_if_told(run: Run) -> None:
+    """End the process if a signal stopped the run: nothing of the script that comes after the training is to run.
+
+    Raises:
+        SystemExit: with status 85, which tells a scheduler that the run is not over.
+    """
+    reason = run.progress.stopped_by
+    if not is_signal(reason) or hasattr(sys, "ps1"):  # at a prompt there is no process to end
+        return
+    where = f"saved in {run.checkpoints / 'last'}" if run.saved else "not saved, since checkpoint=False"
+    print(f"stopped by {reason} after step {run.progress.step:,}, {where}", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_STATUS)

@@ -1,0 +1,227 @@
+"""What a run is told: frozen dataclasses of literals, checked as they are built."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sheer.errors import SettingsError
+
+Precision = Literal["32-true", "tf32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
+ClipAlgorithm = Literal["norm", "value"]
+SchedulerInterval = Literal["step", "epoch", "validation"]
+NonFinite = Literal["raise", "skip", "ignore"]
+MonitorMode = Literal["min", "max"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When a run is saved, and which saves are kept. It is always saved at its end and when it is told to stop."""
+
+    every_n_steps: int | None = None  # save after every n-th step; None: not by steps
+    every_n_epochs: int | None = None  # save after every n-th epoch; None: not by epochs
+    keep_last: int = 1  # how many of the newest checkpoints stay
+    keep_best: int = 1  # how many of the best by `monitor` stay; saved when a validation finds them
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(self, every_n_steps=1, every_n_epochs=1, keep_last=1, keep_best=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that can be written down about a run: literals, with one meaning each."""
+
+    max_steps: int | None = None  # stop after this many steps, counted from the start of the run
+    max_epochs: int | None = None  # stop after this many passes over the training data
+    max_time: float | None = None  # stop after this many seconds of training, resumed runs counted in
+    device: str = "auto"  # "auto" takes the accelerator if there is one; or "cpu", "cuda", "cuda:1", "mps", ...
+    precision: Precision = "32-true"  # "-mixed" is autocast, "-true" converts model and batches
+    compile: bool | CompileMode = False  # torch.compile the model, in place; a string is its mode
+    gradient_clip_val: float | None = None  # clip gradients to this norm, or to this absolute value
+    gradient_clip_algorithm: ClipAlgorithm = "norm"  # what `gradient_clip_val` bounds
+    accumulate_grad_batches: int = 1  # batches of the loader in one step
+    micro_batch_size: int | None = None  # samples in one forward pass; None: the whole batch at once
+    scheduler_interval: SchedulerInterval = "step"  # what the scheduler counts
+    nonfinite: NonFinite = "raise"  # what a NaN or infinite loss or gradient does
+    log_every_n_steps: int = 50  # steps between two log points; the only points where the host waits for the device
+    validate_every_n_steps: int | None = None  # steps between validations; None: at the end of each epoch
+    validate_first: bool = False  # also validate before the first step
+    limit_train_batches: int | float | None = None  # batches an epoch (int), or a share of them (float)
+    limit_val_batches: int | float | None = None  # batches a validation (int), or a share (float); 0: none
+    overfit_batches: int = 0  # train on the first n batches only, the same ones each epoch; 0: on all
+    fast_dev_run: bool | int = False  # run n steps and validation batches, keeping nothing; True: one
+    monitor: str | None = None  # the metric that says which checkpoint is best, such as "val/loss"
+    monitor_mode: MonitorMode = "min"  # whether less or more of it is better
+    deterministic: bool = False  # only deterministic algorithms; an operation that has none is an error
+    detect_anomaly: bool = False  # let autograd name the operation that made a NaN; slow
+    checkpoint: Checkpoint | None = field(default_factory=Checkpoint)  # when to save and what to keep; None: never
+    run_dir: str | None = None  # the folder of the run; None: runs/<script>/<time>
+    resume: str | None = None  # "auto" goes on where `run_dir` stopped; or a checkpoint's path; None: a new run
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(
+            self,
+            max_steps=1,
+            max_epochs=1,
+            accumulate_grad_batches=1,
+            micro_batch_size=1,
+            log_every_n_steps=1,
+            validate_every_n_steps=1,
+            overfit_batches=0,
+            fast_dev_run=0,
+        )
+        for name in ("max_time", "gradient_clip_val"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SettingsError(f"{name} must be above 0, not {value!r}.")
+        for name in ("limit_train_batches", "limit_val_batches"):
+            value = getattr(self, name)
+            if isinstance(value, float) and not 0.0 <= value <= 1.0:
+                raise SettingsError(
+                    f"{name} as a float is a share, from 0.0 to 1.0, not {value!r}. For a number of batches give an int."
+                )
+            if isinstance(value, int) and value < 0:
+                raise SettingsError(f"{name} must be at least 0, not {value!r}.")
+        if self.limit_train_batches is not None and not self.limit_train_batches:
+            raise SettingsError("limit_train_batches=0 leaves nothing to train on; leave it out, or give at least 1.")
+        self._check_contradictions()
+
+    def _check_contradictions(self) -> None:
+        if self.gradient_clip_algorithm == "value" and self.gradient_clip_val is None:
+            raise SettingsError(
+                'gradient_clip_algorithm="value" says how to clip, but gradient_clip_val says not to. Give gradient_clip_val.'
+            )
+        if self.overfit_batches and self.limit_train_batches is not None:
+            raise SettingsError(
+                f"overfit_batches={self.overfit_batches} and limit_train_batches={self.limit_train_batches} both say how many batches to train on. Give one."
+            )
+        if self.fast_dev_run and self.resume is not None:
+            raise SettingsError(
+                "fast_dev_run keeps nothing and starts afresh, so it cannot go with resume. Leave one of them out."
+            )
+        if self.resume == "auto" and self.run_dir is None:
+            raise SettingsError(
+                'resume="auto" looks for the run in run_dir, and there is none: each start would make a new folder. '
+                'Give run_dir="runs/<a name>".'
+            )
+        if self.monitor_mode == "max" and self.monitor is None:
+            raise SettingsError(
+                'monitor_mode="max" says which way is better, but monitor names no metric. Give monitor="val/...".'
+            )
+
+
+def expanded(settings: Settings) -> Settings:
+    """Return settings with what `fast_dev_run` stands for: n steps, n batches of validation, nothing kept."""
+    if not settings.fast_dev_run:
+        return settings
+    steps = int(settings.fast_dev_run)
+    return dataclasses.replace(
+        settings, max_steps=steps, max_epochs=None, max_time=None, limit_val_batches=steps, checkpoint=None
+    )
+
+
+def check_types(settings: Any) -> None:
+    """Raise `SettingsError` for the first field of a dataclass whose value is not of the type that it declares."""
+    hints = typing.get_type_hints(type(settings))
+    for name, hint in hints.items():
+        value = getattr(settings, name)
+        if not _matches(value, hint):
+            raise SettingsError(f"{name} must be {describe_type(hint)}, not {value!r}{_hint(value, hint)}.")
+
+
+def _matches(value: object, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_matches(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments and any(type(value) is type(argument) for argument in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def describe_type(hint: Any) -> str:
+    """Say a type in the words of an error message: `one of "a", "b"`, `an int or None`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(describe_type(argument) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(f'"{argument}"' for argument in arguments)
+    names = {int: "an int", float: "a float", str: "a string", bool: "True or False", types.NoneType: "None"}
+    return names.get(hint, f"a {getattr(hint, '__name__', hint)}")
+
+
+def _hint(value: object, hint: Any) -> str:
+    literals = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Literal]
+    choices = [str(choice) for literal in literals for choice in typing.get_args(literal)]
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    return f' (did you mean "{near[0]}"?)' if near else ""
+
+
+def at_least(settings: object, **minimums: int) -> None:
+    """Raise `SettingsError` for the first named field that is a number below its minimum."""
+    for name, minimum in minimums.items():
+        value = getattr(settings, name)
+        if value is not None and value < minimum:
+            raise SettingsError(f"{name} must be at least {minimum}, not {value!r}.")
+
+
+def unknown_name(name: str, known: typing.Iterable[str], what: str) -> SettingsError:
+    """Build the error for a name that is not there, with the nearest one that is."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    advice = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
+    return SettingsError(f"{what} has no {name!r}. {advice}")
+
+
+def seconds(text: str) -> float:
+    """Read "DD:HH:MM:SS", "HH:MM:SS" or "MM:SS" as a number of seconds."""
+    parts = text.split(":")
+    if not 2 <= len(parts) <= 4 or not all(part.strip().isdigit() for part in parts):
+        raise SettingsError(
+            f'max_time must be a number of seconds or a string such as "00:12:00:00" (days, hours, minutes, seconds), not {text!r}.'
+        )
+    return float(sum(int(part) * unit for part, unit in zip(reversed(parts), (1, 60, 3600, 86400), strict=False)))
+
+
+def overridden(settings: Settings, changes: Mapping[str, str]) -> Settings:
+    """Return `settings` with fields replaced by values written as text: {"max_steps": "50", "checkpoint.keep_last": "3"}."""
+    for path, text in changes.items():
+        settings = _replace(settings, path, path.split("."), read_literal(text))
+    return settings
+
+
+def read_literal(text: str) -> Any:
+    """Read a value as Python writes it (50, 0.1, None, True); anything else is a string."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _replace(settings: Any, path: str, names: list[str], value: Any) -> Any:
+    name, *rest = names
+    known = [field.name for field in dataclasses.fields(settings)]
+    if name not in known:
+        raise unknown_name(path, known, "The settings")
+    if name == "max_time" and isinstance(value, str):
+        value = seconds(value)
+    if rest:
+        inner = getattr(settings, name)
+        if inner is None and name == "checkpoint":
+            inner = Checkpoint()
+        if not dataclasses.is_dataclass(inner):
+            raise SettingsError(f"{name} has no parts, so {path} cannot be set; set {name}.")
+        value = _replace(inner, path, rest, value)
+    return dataclasses.replace(settings, **{name: value})

@@ -1,0 +1,294 @@
+"""The start of a run: everything is checked, built, restored and said before the first step costs any time."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from sheer.build import (
+    build_optimizer,
+    build_scheduler,
+    check_parameters,
+    make_compute,
+    place_model,
+    resolve_device,
+    takes_step_number,
+)
+from sheer.checkpoint import store
+from sheer.checkpoint.codec import encode
+from sheer.console import Console, clock
+from sheer.data.feed import TrainingData
+from sheer.data.source import make_source
+from sheer.errors import ModelError, RunError, SettingsError
+from sheer.evaluation import Evaluation, evaluate
+from sheer.events import RunInfo, events_of, named
+from sheer.loggers.base import Logger, Loggers
+from sheer.loggers.jsonl import JSONL
+from sheer.random import random_state, set_random_state
+from sheer.run import Run
+from sheer.rundir import as_mapping, choose_run_dir, open_run_dir, refuse_differences
+from sheer.saving import checkpoint_in, newest_good, restore
+from sheer.settings import Settings
+from sheer.signals import is_signal
+from sheer.version import __version__
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """What a trainer holds besides its settings: objects, which cannot be written down."""
+
+    callbacks: Sequence[object] = ()
+    loggers: Sequence[Logger] = ()
+    hparams: Any = None
+
+
+def training_data(cfg: Settings, loader: Any, *, resume_by_skipping: bool = False) -> TrainingData:
+    """Return what the steps train on, as the settings limit and group it."""
+    compute = make_compute(cfg.precision, resolve_device(cfg.device))
+    source = make_source(
+        loader, seed=torch.initial_seed(), device=compute.device, resume_by_skipping=resume_by_skipping
+    )
+    return TrainingData(
+        source,
+        device=compute.device,
+        dtype=compute.dtype,
+        accumulate=cfg.accumulate_grad_batches,
+        limit=cfg.overfit_batches or cfg.limit_train_batches,
+        same_epoch=cfg.overfit_batches > 0,
+    )
+
+
+def total_steps(cfg: Settings, data: TrainingData | None) -> int | None:
+    """Return the number of steps of the whole run, or None where only time, or the end of the data, tells."""
+    by_epochs = None
+    if cfg.max_epochs is not None and data is not None and data.steps_per_epoch is not None:
+        by_epochs = cfg.max_epochs * data.steps_per_epoch
+    known = [number for number in (cfg.max_steps, by_epochs) if number is not None]
+    return min(known) if known else None
+
+
+def start(
+    cfg: Settings,
+    plugins: Plugins,
+    model: nn.Module,
+    optimizers: Mapping[str, Optimizer | Callable[[nn.Module], Optimizer]],
+    schedulers: Mapping[str, Any],
+    data: TrainingData | None,
+    numbered: frozenset[Callable[..., Any]] = frozenset(),
+) -> Run:
+    """Make a run out of what the user passed; where one is to be resumed, bring it to where its checkpoint was made.
+
+    Raises:
+        SettingsError, ModelError, RunError: something does not fit; the message says what, and what to do.
+    """
+    check_start(cfg, plugins, model)
+    compute = make_compute(cfg.precision, resolve_device(cfg.device))
+    set_backends(cfg)
+    place_model(model, compute)
+    steps = total_steps(cfg, data)
+    built = {name: build_optimizer(model, optimizer) for name, optimizer in optimizers.items()}
+    parameters = check_parameters(model, built)
+    scheduled = {name: build_scheduler(s, built[name], steps) for name, s in schedulers.items() if s is not None}
+    if (
+        not model.training
+    ):  # as from_pretrained leaves it; parts that were set to eval by hand stay so in a model in train mode
+        model.train()
+    if cfg.compile:
+        model.compile(mode=None if cfg.compile is True else cfg.compile)
+    info = open_run(cfg, plugins, compute.device, data, steps)
+    run = Run(
+        model=model,
+        optimizers=built,
+        schedulers={name: s for name, s in scheduled.items() if not isinstance(s, ReduceLROnPlateau)},
+        plateaus={name: s for name, s in scheduled.items() if isinstance(s, ReduceLROnPlateau)},
+        scaler=torch.amp.GradScaler(compute.device.type) if cfg.precision == "16-mixed" else None,
+        compute=compute,
+        numbered=numbered,
+        parameters=parameters,
+        events=events_of(plugins.callbacks),
+        callbacks=named(plugins.callbacks),
+        averaging=next((callback for callback in plugins.callbacks if hasattr(callback, "averages")), None),
+        loggers=Loggers(
+            [] if cfg.fast_dev_run else [JSONL(), *(x for x in plugins.loggers if not isinstance(x, Console))]
+        ),
+        console=next((logger for logger in plugins.loggers if isinstance(logger, Console)), None) or Console(),
+        info=info,
+        total_steps=steps,
+        data=data,
+    )
+    encode(run.state_dict(), {})  # what cannot be saved is refused now, not at the first save
+    resume(cfg, run)
+    announce(cfg, run)
+    return run
+
+
+def check_start(cfg: Settings, plugins: Plugins, model: nn.Module) -> None:
+    """Raise for what is missing or contradictory before anything is made."""
+    if cfg.max_steps is None and cfg.max_epochs is None and cfg.max_time is None:
+        raise SettingsError(
+            "How long is the training to take? Give max_steps, max_epochs or max_time (or fast_dev_run=True)."
+        )
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"The model must be an nn.Module, not a {type(model).__name__}. Several networks go into one nn.Module."
+        )
+    averaging = [type(callback).__name__ for callback in plugins.callbacks if hasattr(callback, "averages")]
+    if len(averaging) > 1:
+        raise SettingsError(
+            f"{' and '.join(averaging)} both have weights for evaluation, and only one of them can be used. Leave one out."
+        )
+
+
+def refuse_unfollowed(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
+    """Raise `SettingsError` where something follows a metric of the validation that cannot be there."""
+    if cfg.monitor is not None and validation is None:
+        raise SettingsError(
+            f"monitor={cfg.monitor!r} is a metric of the validation, and there is none. Give fit a val_loader."
+        )
+    if run.plateaus and cfg.monitor is None:
+        raise SettingsError(
+            'ReduceLROnPlateau follows the monitored metric, and monitor is not set. Set monitor="val/loss", say.'
+        )
+
+
+def try_validation(cfg: Settings, run: Run, validation: Evaluation) -> None:
+    """Evaluate one batch of each loader, and see that the monitored metric is there; then all is as it was before.
+
+    Raises:
+        SettingsError: `monitor` names no metric of the validation.
+    """
+    states, buffers = random_state(), {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+    metrics, _ = evaluate(
+        run.model, dataclasses.replace(validation, limit=1), run.compute, run.events, run.progress.step
+    )
+    set_random_state(states)
+    with torch.no_grad():
+        for name, buffer in run.model.named_buffers():
+            buffer.copy_(buffers[name])
+    if cfg.monitor is not None and cfg.monitor not in metrics:
+        near = difflib.get_close_matches(cfg.monitor, metrics, n=1)
+        advice = f" Did you mean {near[0]!r}?" if near else ""
+        raise SettingsError(
+            f"monitor={cfg.monitor!r} is no metric that the validation returned; there are: {', '.join(metrics)}.{advice}"
+        )
+
+
+def numbered(*steps: Callable[..., Any]) -> frozenset[Callable[..., Any]]:
+    """Return those step functions that take the number of the step."""
+    return frozenset(step for step in steps if takes_step_number(step))
+
+
+def evaluation_of(cfg: Settings, step: Callable[..., Any], loaders: Any, *, prefix: str = "val") -> Evaluation | None:
+    """Return what a validation does, or None where there is nothing to validate on."""
+    if loaders is None or cfg.limit_val_batches == 0:
+        return None
+    return Evaluation(step, loaders, prefix, cfg.limit_val_batches, takes_step_number(step, "eval_step"))
+
+
+def duration_over(cfg: Settings, run: Run) -> str | None:
+    """Return which of the run's durations is over, or None."""
+    if cfg.max_epochs is not None and run.progress.epoch >= cfg.max_epochs:
+        return "max_epochs"
+    if cfg.max_steps is not None and run.progress.step >= cfg.max_steps:
+        return "max_steps"
+    if cfg.max_time is not None and run.seconds >= cfg.max_time:
+        return "max_time"
+    return None
+
+
+def set_backends(cfg: Settings) -> None:
+    """Set what is global in PyTorch: determinism, anomaly detection, TF32. As in a script, it stays set."""
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+        torch.use_deterministic_algorithms(True)
+    if cfg.detect_anomaly:
+        torch.autograd.set_detect_anomaly(True)
+    if cfg.precision == "tf32-true":
+        torch.set_float32_matmul_precision("high")
+
+
+def open_run(
+    cfg: Settings, plugins: Plugins, device: torch.device, data: TrainingData | None, steps: int | None
+) -> RunInfo:
+    """Make or open the run's folder and return what callbacks and loggers are told."""
+    hparams = as_mapping(plugins.hparams)
+    directory = Path(tempfile.mkdtemp(prefix="sheer-dev-run-")) if cfg.fast_dev_run else choose_run_dir(cfg)
+    record = open_run_dir(directory, cfg, hparams, torch.initial_seed())
+    return RunInfo(
+        run_id=record["id"],
+        run_dir=directory,
+        device=device,
+        start_step=0,
+        total_steps=steps,
+        steps_per_epoch=data.steps_per_epoch if data is not None else None,
+        log_every_n_steps=cfg.log_every_n_steps,
+        monitor=cfg.monitor,
+        monitor_mode=cfg.monitor_mode,
+        hparams=hparams,
+        settings=dataclasses.asdict(cfg),
+    )
+
+
+def resume(cfg: Settings, run: Run) -> None:
+    """Restore the checkpoint that `resume` means, if it means one and there is one."""
+    if cfg.resume is None:
+        return
+    if cfg.resume == "auto":
+        path = newest_good(run.checkpoints)
+        if path is None and store.committed(run.checkpoints):
+            raise RunError(
+                f"No checkpoint in {run.checkpoints} can be used; see the warnings. To start anew, give another run_dir."
+            )
+        if path is None:
+            return
+    else:
+        path = checkpoint_in(cfg.resume)
+        refuse_differences(path, store.verify(path)["settings"], dataclasses.asdict(cfg))
+    restore(run, path, same_run=cfg.resume == "auto")
+    reason = run.progress.stopped_by
+    if is_signal(reason) or reason in ("max_steps", "max_epochs", "max_time"):
+        run.progress.stopped_by = duration_over(cfg, run)  # the durations may have grown since
+    run.info = dataclasses.replace(run.info, start_step=run.progress.step)
+    run.console.say(f"resumed from {path}, at step {run.progress.step:,}")
+
+
+def announce(cfg: Settings, run: Run) -> None:
+    """Say in a few lines what was decided."""
+    say, parameters = run.console.say, list(run.model.parameters())
+    count, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    frozen = f", {count - trained:,} of them frozen" if trained < count else ""
+    say(f"sheer {__version__} · torch {torch.__version__} · {describe_device(run.compute.device)} · {cfg.precision}")
+    say(f"model: {type(run.model).__name__}, {count:,} parameters{frozen}")
+    if run.data is not None:
+        say(f"data: {run.data.described}{length(cfg, run)}")
+    if cfg.nonfinite == "skip" or run.scaler is not None:
+        say("the host waits for the device once a step, to see whether the gradients are finite")
+    say(f"run: {run.info.run_dir}" + ("" if cfg.fast_dev_run else f" (id {run.info.run_id})"))
+
+
+def length(cfg: Settings, run: Run) -> str:
+    """Say how long the run is, as far as it is known."""
+    known = [f"{run.total_steps:,} steps"] if run.total_steps is not None else []
+    if run.data is not None and run.data.steps_per_epoch is not None:
+        known.append(f"{run.data.steps_per_epoch:,} an epoch")
+    if cfg.max_time is not None:
+        known.append(f"at most {clock(cfg.max_time)}")
+    return f"; {', '.join(known)}" if known else ""
+
+
+def describe_device(device: torch.device) -> str:
+    """Say a device with its name."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

@@ -1,0 +1,154 @@
+"""One step: forward and backward over its micro-batches; then clip, update, and move the schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from sheer.data.batch import StepBatch, describe, micro_batches
+from sheer.errors import NonFiniteError, StepError
+from sheer.metrics import Mean, Number
+from sheer.run import Run
+from sheer.settings import Settings
+
+Step = Callable[..., Any]
+
+MAX_SKIPPED = 100  # steps in a row that `nonfinite="skip"` may leave out
+_TINY = 1e-12  # stands for a count of 0, so that a batch in which nothing counts gives a gradient of 0
+
+
+def backward(cfg: Settings, run: Run, step: Step, batch: StepBatch, prefix: str = "") -> Any:
+    """Run `step` forward and backward over the micro-batches of one step, and add what it returns to the metrics.
+
+    The gradient is sum(weight x mean) / sum(weights). A scalar loss is the mean over its micro-batch and weighs by its samples,
+    which are known beforehand. The weights of `Mean`s are on the device: their sum divides the gradients once, behind the last.
+
+    Returns:
+        What the step returned for the last micro-batch.
+    """
+    parts = batch if cfg.micro_batch_size is None else list(micro_batches(batch, cfg.micro_batch_size))
+    total = sum([samples for _, samples in parts])
+    counts: list[Number] = []
+    for part, samples in parts:
+        with run.compute.autocast:
+            output = step(run.model, part, run.progress.step) if step in run.numbered else step(run.model, part)
+        loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+        if isinstance(loss, Mean) and len(parts) == 1:
+            loss = loss.total / nonzero(loss.count)
+        elif isinstance(loss, Mean):
+            counts.append(loss.count)
+            loss = loss.total / total
+        elif isinstance(loss, Tensor) and samples != total:
+            loss = loss * (samples / total)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise StepError(no_loss(step, output))
+        if run.scaler is not None:
+            run.scaler.scale(loss).backward()
+        else:
+            loss.backward()
+        if cfg.nonfinite == "raise":
+            run.watch.add(run.progress.step, "loss", loss)
+        run.metrics.add(output, samples, prefix)
+    if counts:
+        scale_gradients(run, total / nonzero(sum(counts)))
+    return output
+
+
+def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) -> None:
+    """Clip the gradients of `optimizer`, update its parameters, clear the gradients, and move `scheduler`."""
+    parameters = run.parameters[optimizer]
+    if run.scaler is not None:
+        run.scaler.unscale_(optimizer)
+    for callback in run.events.gradients:
+        callback.on_gradients(run.progress.step, run.model)
+
+    if cfg.nonfinite == "skip" or (cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm"):
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm":
+        clip_grads_with_norm_(parameters, cfg.gradient_clip_val, norm)
+        if cfg.nonfinite == "raise" and run.scaler is None:  # a scaler makes infinities, and deals with them
+            run.watch.add(run.progress.step, "gradient norm", norm)
+    if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "value":
+        clip_grad_value_(parameters, cfg.gradient_clip_val)
+
+    if run.scaler is not None:
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        before, run.scale = run.scale, run.scaler.get_scale()  # waits for the device: the one flag a step
+        taken = run.scale >= before
+    elif cfg.nonfinite == "skip":
+        taken = math.isfinite(norm)  # waits for the device: the one flag a step
+        if taken:
+            optimizer.step()
+    else:
+        optimizer.step()
+        taken = True
+    optimizer.zero_grad()
+    if not taken:
+        count_skipped(run)
+    elif scheduler is not None and cfg.scheduler_interval == "step":
+        scheduler.step()
+    for updated in run.events.update:
+        updated.on_update(run.progress.step, run.model)
+
+
+def nonzero(count: Number) -> Number:
+    """Return a count to divide by; a count of 0 comes with a total of 0, and the mean is to be 0."""
+    return count.clamp(min=_TINY) if isinstance(count, Tensor) else max(count, _TINY)
+
+
+def scale_gradients(run: Run, factor: Number) -> None:
+    """Multiply all gradients of the model."""
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+
+def count_skipped(run: Run) -> None:
+    """Count a step whose update was left out.
+
+    Raises:
+        NonFiniteError: there were too many in a row, so the run is not going anywhere.
+    """
+    progress = run.progress
+    progress.skipped += 1
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if progress.last_skipped == progress.step - 1 else 1
+    progress.last_skipped = progress.step
+    if progress.skipped_in_a_row >= MAX_SKIPPED:
+        raise NonFiniteError(
+            f"The gradients were NaN or infinite in {MAX_SKIPPED} steps in a row, up to step {progress.step}, and every update was left out. "
+            "Lower the learning rate, look at the batches of these steps, or find the operation with detect_anomaly=True."
+        )
+
+
+def no_loss(step: Step, output: object) -> str:
+    """Say why what a step returned cannot be trained on."""
+    name = getattr(step, "__qualname__", "the step")
+    loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+    wanted = 'Return the loss as a scalar tensor, or a mapping with it under "loss".'
+    if output is None:
+        return f"{name} returned None; is there a `return` missing? {wanted}"
+    if isinstance(output, Mapping) and "loss" not in output:
+        return f'{name} returned a mapping without "loss"; it has {list(output)}. {wanted}'
+    if isinstance(loss, Mean):
+        return f"{name} returned a Mean whose total is not a scalar tensor that needs gradients: {describe(loss.total)}. {wanted}"
+    if isinstance(loss, (tuple, list)):
+        return (
+            f"{name} returned a {type(loss).__name__} of {len(loss)}. Which of them is the loss cannot be known. {wanted} "
+            "A total with its count is written sheer.Mean(total, count)."
+        )
+    if not isinstance(loss, Tensor):
+        return f"{name} returned a {type(loss).__name__} as its loss. {wanted} A number on the host has no gradient: do not call .item()."
+    if loss.numel() != 1:
+        return f"{name} returned a loss of shape {list(loss.shape)}. {wanted} Reduce it with .mean(), or to sheer.mean(values, mask)."
+    return (
+        f"{name} returned a loss without a gradient. It was detached, computed under no_grad, or no parameter that it depends on has "
+        "requires_grad. Return the loss as the model's own operations gave it."
+    )

@@ -1,0 +1,245 @@
+"""`Trainer`: what a user declares. It builds the settings, and hands everything on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Never
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sheer.build import resolve_device
+from sheer.evaluate_alone import evaluate_alone, predict_alone
+from sheer.launch import overrides
+from sheer.loggers.base import Logger
+from sheer.loop import fit
+from sheer.own_loop import Loop, start_loop
+from sheer.run import Result
+from sheer.settings import (
+    Checkpoint,
+    ClipAlgorithm,
+    CompileMode,
+    MonitorMode,
+    NonFinite,
+    Precision,
+    SchedulerInterval,
+    Settings,
+    expanded,
+    overridden,
+    seconds,
+    unknown_name,
+)
+from sheer.start import Plugins
+from sheer.step import Step
+
+
+class Trainer:
+    """Trains, validates, tests and predicts. What each argument means is in docs/settings.md; all have a default but the duration.
+
+    Example:
+        trainer = sheer.Trainer(max_epochs=10, monitor="val/loss")
+        result = trainer.fit(model, step, train_loader, val_loader, optimizer=optimizer)
+    """
+
+    def __init__(
+        self,
+        *,
+        max_steps: int | None = None,
+        max_epochs: int | None = None,
+        max_time: float | str | timedelta | None = None,
+        device: str = "auto",
+        precision: Precision = "32-true",
+        compile: bool | CompileMode = False,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: ClipAlgorithm = "norm",
+        accumulate_grad_batches: int = 1,
+        micro_batch_size: int | None = None,
+        scheduler_interval: SchedulerInterval = "step",
+        nonfinite: NonFinite = "raise",
+        log_every_n_steps: int = 50,
+        validate_every_n_steps: int | None = None,
+        validate_first: bool = False,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        overfit_batches: int = 0,
+        fast_dev_run: bool | int = False,
+        monitor: str | None = None,
+        monitor_mode: MonitorMode = "min",
+        deterministic: bool = False,
+        detect_anomaly: bool = False,
+        checkpoint: Checkpoint | bool | None = True,
+        callbacks: Sequence[object] = (),
+        loggers: Sequence[Logger] = (),
+        hparams: Any = None,
+        run_dir: str | Path | None = None,
+        resume: str | Path | None = None,
+        **unknown: Never,
+    ) -> None:
+        for name in unknown:
+            raise unknown_name(
+                name,
+                [*(f.name for f in dataclasses.fields(Settings)), "callbacks", "loggers", "hparams"],
+                "Trainer",
+            )
+        if isinstance(max_time, (str, timedelta)):
+            max_time = seconds(max_time) if isinstance(max_time, str) else max_time.total_seconds()
+        settings = Settings(
+            max_steps=max_steps,
+            max_epochs=max_epochs,
+            max_time=max_time,
+            device=device,
+            precision=precision,
+            compile=compile,
+            gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
+            accumulate_grad_batches=accumulate_grad_batches,
+            micro_batch_size=micro_batch_size,
+            scheduler_interval=scheduler_interval,
+            nonfinite=nonfinite,
+            log_every_n_steps=log_every_n_steps,
+            validate_every_n_steps=validate_every_n_steps,
+            validate_first=validate_first,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            overfit_batches=overfit_batches,
+            fast_dev_run=fast_dev_run,
+            monitor=monitor,
+            monitor_mode=monitor_mode,
+            deterministic=deterministic,
+            detect_anomaly=detect_anomaly,
+            checkpoint=Checkpoint() if checkpoint is True else checkpoint or None,
+            run_dir=str(run_dir) if run_dir is not None else None,
+            resume=str(resume) if resume is not None else None,
+        )
+        self.settings = expanded(overridden(settings, overrides()))
+        self.plugins = Plugins(callbacks, loggers, hparams)
+        self.run_dir = Path(self.settings.run_dir) if self.settings.run_dir is not None else None
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Settings,
+        *,
+        callbacks: Sequence[object] = (),
+        loggers: Sequence[Logger] = (),
+        hparams: Any = None,
+    ) -> Trainer:
+        """Make a trainer from settings that were written down, read from a file or built by a configuration library."""
+        trainer = cls(callbacks=callbacks, loggers=loggers, hparams=hparams)
+        trainer.settings = expanded(overridden(settings, overrides()))
+        trainer.run_dir = Path(trainer.settings.run_dir) if trainer.settings.run_dir is not None else None
+        return trainer
+
+    @property
+    def device(self) -> torch.device:
+        """Where models and batches are put."""
+        return resolve_device(self.settings.device)
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among those that train together."""
+        return 0
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return 1
+
+    def fit(
+        self,
+        model: nn.Module,
+        step: Step,
+        train_loader: Any,
+        val_loader: Any = None,
+        *,
+        eval_step: Step | None = None,
+        optimizer: Optimizer | Callable[[nn.Module], Optimizer],
+        scheduler: Any = None,
+        resume_by_skipping: bool = False,
+    ) -> Result:
+        """Train a model, in place, and return how it ended.
+
+        Args:
+            model: the module to train; `step` gets this very object.
+            step: a function of (model, batch), or (model, batch, step), that returns the loss, or a mapping with it under "loss" and
+                other metrics: scalar tensors, numbers, `sheer.Mean`s, torchmetrics objects.
+            train_loader: a DataLoader, a dict of them, or any iterable of batches; see docs/data.md.
+            val_loader: what to validate on; a dict of loaders gives `val/<loader>/<name>`.
+            eval_step: what to validate with, if not `step`: called in eval mode and without gradients.
+            optimizer: an optimizer, or a function of the model that returns one.
+            scheduler: a scheduler, or a function of (optimizer, total_steps) that returns one.
+            resume_by_skipping: allow a loader without a state to be resumed by reading and dropping what was used.
+
+        Raises:
+            SheerError: something does not fit together; found before the first step wherever it can be.
+        """
+        result = fit(
+            self.settings,
+            self.plugins,
+            model,
+            step,
+            train_loader,
+            val_loader,
+            eval_step or step,
+            optimizer,
+            scheduler,
+            resume_by_skipping,
+        )
+        self.run_dir = result.run_dir
+        return result
+
+    def start(
+        self, model: nn.Module, *, optimizers: Mapping[str, Any], schedulers: Mapping[str, Any] | None = None
+    ) -> Loop:
+        """Start a run whose loop is written by you; see `sheer.Loop`.
+
+        Args:
+            model: the module to train; several networks are one module.
+            optimizers: optimizers, or functions of the model, by the names their states are saved under.
+            schedulers: schedulers by the names of their optimizers.
+        """
+        return start_loop(self.settings, self.plugins, model, optimizers, schedulers or {})
+
+    def validate(
+        self,
+        model: nn.Module,
+        step: Step,
+        loader: Any,
+        *,
+        checkpoint: str | Path | None = None,
+        limit_batches: int | float | None = None,
+    ) -> dict[str, float]:
+        """Return `val/<name>` for each metric of `step` over a loader; with `checkpoint` ("best", "last" or a path) of its weights, which the model keeps."""
+        return evaluate_alone(
+            self.settings, self.plugins, model, step, loader, "val", checkpoint, self.run_dir, limit_batches
+        )
+
+    def test(
+        self,
+        model: nn.Module,
+        step: Step,
+        loader: Any,
+        *,
+        checkpoint: str | Path | None = None,
+        limit_batches: int | float | None = None,
+    ) -> dict[str, float]:
+        """Return `test/<name>` for each metric of `step` over a loader; with `checkpoint` ("best", "last" or a path) of its weights, which the model keeps."""
+        return evaluate_alone(
+            self.settings, self.plugins, model, step, loader, "test", checkpoint, self.run_dir, limit_batches
+        )
+
+    def predict(
+        self,
+        model: nn.Module,
+        step: Step,
+        loader: Any,
+        *,
+        checkpoint: str | Path | None = None,
+        limit_batches: int | float | None = None,
+    ) -> Iterator[Any]:
+        """Yield what `step` returns for each batch, in eval mode and without gradients, as it comes."""
+        return predict_alone(self.settings, self.plugins, model, step, loader, checkpoint, self.run_dir, limit_batches)
