@@ -159,7 +159,7 @@ def save_is_due(cfg: Settings, run: Run, at_end: bool) -> bool:
         return True
     if at_end and every.every_n_epochs is not None and run.progress.epoch % every.every_n_epochs == 0:
         return True
-    return is_among_best(cfg, run)
+    return run.validated_at == run.progress.step and is_among_best(cfg, run)
 
 
 def save_and_tell(cfg: Settings, run: Run) -> None:

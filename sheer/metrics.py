@@ -94,13 +94,17 @@ class Metrics:
         self._computed: dict[str, Computed] = {}
         self._media: dict[str, Media] = {}
 
-    def add(self, output: object, samples: int, prefix: str = "") -> None:
+    def add(self, output: Any, samples: int, prefix: str = "") -> None:
         """Add what a step returned for a micro-batch of `samples`: a loss, or a mapping of names to values.
 
         Raises:
             StepError: a value is of a kind that cannot be a metric.
         """
-        values = output if isinstance(output, Mapping) else {"loss": output}
+        values = {"loss": output} if isinstance(output, (Tensor, Mean)) else output
+        if type(values) is not dict and not isinstance(values, Mapping):
+            raise StepError(
+                f"The step returned a {type(values).__name__}. Return the loss as a scalar tensor, or a mapping of names to metrics."
+            )
         for name, value in values.items():
             entry = self._sums.get(prefix + name)
             if type(value) is Tensor and entry is not None and entry.weighted and value.dim() == 0:

@@ -37,7 +37,7 @@ def save(cfg: Settings, run: Run) -> Path:
 
 
 def is_among_best(cfg: Settings, run: Run) -> bool:
-    """Whether the metrics of this step's validation belong to the best that are kept."""
+    """Whether the metrics of the last validation belong to the best that are kept."""
     if (
         cfg.checkpoint is None
         or cfg.monitor is None

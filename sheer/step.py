@@ -38,7 +38,7 @@ def backward(cfg: Settings, run: Run, step: Step, batch: StepBatch, prefix: str 
     for part, samples in parts:
         with run.compute.autocast:
             output = step(run.model, part, run.progress.step) if step in run.numbered else step(run.model, part)
-        loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+        loss = output if isinstance(output, (Tensor, Mean)) else loss_in(step, output)
         if isinstance(loss, Mean) and len(parts) == 1:
             loss = loss.total / nonzero(loss.count)
         elif isinstance(loss, Mean):
@@ -96,6 +96,17 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
         scheduler.step()
     for updated in run.events.update:
         updated.on_update(run.progress.step, run.model)
+
+
+def loss_in(step: Step, output: object) -> Any:
+    """Return the loss in what a step returned.
+
+    Raises:
+        StepError: it is no mapping, or has no "loss".
+    """
+    if isinstance(output, Mapping) and "loss" in output:
+        return output["loss"]
+    raise StepError(no_loss(step, output))
 
 
 def nonzero(count: Number) -> Number:

@@ -49,12 +49,12 @@ class TrainingData:
     def steps(self, progress: Progress, restore_random: Callable[[], None] | None = None) -> Iterator[StepBatch]:
         """Yield the batches of step after step, endlessly, from `progress` on; the caller counts in `progress`.
 
-        `restore_random` is called once, at the instant of the first epoch at which the random states that were saved hold:
-        making an iterator draws from them, so in the middle of an epoch that is after it was made.
+        `restore_random` is called once, where the random states that were saved hold: before the iterator of an epoch is made,
+        which draws from them, if that was still to come when they were saved; else after it.
         """
         while True:
             epoch, start = progress.epoch, progress.batch
-            if restore_random is not None and start == 0:
+            if restore_random is not None and start == 0 and (epoch == 0 or self.source.reopens):
                 restore_random()
                 restore_random = None
             batches = self.source.epoch(0 if self.same_epoch else epoch, start)

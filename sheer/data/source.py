@@ -35,6 +35,7 @@ class Source(Protocol):
     described: str  # for the start-up line
     batches_per_epoch: int | None  # None: only the end of an epoch tells
     in_workers: bool  # whether fetching a batch draws no random number in this process
+    reopens: bool  # whether opening an epoch draws from this process; workers that persist draw only at their first
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
         """Open an epoch at its batch `start`; yield each batch with its number of samples."""
@@ -75,12 +76,11 @@ def _is_map_style(loader: DataLoader[Any]) -> bool:
 
 def _has_default_order(loader: DataLoader[Any]) -> bool:
     """Whether the order is DataLoader's own (`shuffle=True` or False), or already the global one."""
-    ordinary_batches = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
+    if loader.batch_size is None and loader.batch_sampler is not None:
+        return False  # given by the user; `sampler` then says nothing
     if type(loader.sampler) is RandomSampler:
-        return (
-            ordinary_batches and not loader.sampler.replacement and loader.sampler.num_samples == sized(loader.dataset)
-        )
-    return ordinary_batches and type(loader.sampler) in (SequentialSampler, GlobalSampler)
+        return not loader.sampler.replacement and loader.sampler.num_samples == sized(loader.dataset)
+    return type(loader.sampler) in (SequentialSampler, GlobalSampler)
 
 
 class GlobalOrderSource:
@@ -104,6 +104,7 @@ class GlobalOrderSource:
         if self.in_workers:
             batching["sampler"] = KeyedSampler(self.sampler)
         self.loader = rebuilt(loader, batching, seed=seed, device=device)
+        self.reopens = not loader.persistent_workers
         self.batches_per_epoch: int | None = -(-self.sampler.samples // self.batch_size)
         order = f"shuffled by seed {seed}" if shuffle else "in order"
         self.described = f"{self.sampler.samples:,} samples {order}"
@@ -156,6 +157,7 @@ class OwnOrderSource:
             {"batch_sampler": order} if loader.batch_sampler is not None else {"batch_size": None, "sampler": order}
         )
         self.loader = rebuilt(loader, batching, seed=seed, device=device)
+        self.reopens = not loader.persistent_workers
         self.batches_per_epoch = self.order.length
         name = type(
             loader.batch_sampler if type(loader.batch_sampler) not in (BatchSampler, type(None)) else loader.sampler
@@ -246,6 +248,7 @@ class StatefulSource:
     def __init__(self, loader: Any) -> None:
         self.loader = loader
         self.batches_per_epoch = sized(loader)
+        self.reopens = True
         self.in_workers = False  # its state must be that of the last batch trained on, so nothing is fetched ahead
         self.described = f"from a {type(loader).__name__}, which keeps its own position"
 
@@ -272,6 +275,7 @@ class IterableSource:
         self.resume_by_skipping = resume_by_skipping
         self.batches_per_epoch = sized(loader)
         self.in_workers = isinstance(loader, DataLoader) and loader.num_workers > 0
+        self.reopens = not (isinstance(loader, DataLoader) and loader.persistent_workers)
         self.described = f"from a {type(loader).__name__}"
         if self.batches_per_epoch == 0:
             raise DataError(f"The training loader is empty: a {type(loader).__name__} of length 0.")
@@ -316,6 +320,7 @@ class CombinedSource:
         self.longest = max(self.lengths.values())
         self.batches_per_epoch: int | None = self.longest
         self.in_workers = all(source.in_workers for source in sources.values())
+        self.reopens = all(source.reopens for source in sources.values())
         self.described = "; ".join(f"{name}: {source.described}" for name, source in sources.items())
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:

@@ -1,0 +1,349 @@
+"""A run that is stopped and resumed equals one that was never stopped: weights, optimizer, logged lines."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
+
+import sheer
+from sheer.checkpoint.optimizer import NamedOptimizer
+from tests.task import assert_same, dataset, loader, model, step, trainer
+
+
+class StopAt:
+    """Asks the process to stop, as a cluster does, during the given step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_gradients(self, step: int, model: nn.Module) -> None:
+        if step == self.step:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def run(
+    folder: str,
+    stop_at: int | None = None,
+    make_loader: Callable[[], Any] = loader,
+    make_scheduler: Any = None,
+    step: Any = step,
+    make_callbacks: Callable[[], list[Any]] = list,
+    fit: dict[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Fit in `folder`, all objects new, as in a process of its own; return all that a run leaves."""
+    sheer.seed_everything(0)
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    scheduler = make_scheduler(optimizer) if make_scheduler else None
+    settings = {"log_every_n_steps": 4, "max_epochs": 3, "checkpoint": sheer.Checkpoint(), **settings}
+    made = trainer(
+        run_dir=folder,
+        resume="auto",
+        callbacks=[*make_callbacks(), *([StopAt(stop_at)] if stop_at else [])],
+        **settings,
+    )
+    train = make_loader()
+    valid = loader(32, shuffle=False)
+    if stop_at is not None:
+        with pytest.raises(SystemExit) as left:
+            made.fit(net, step, train, valid, optimizer=optimizer, scheduler=scheduler, **(fit or {}))
+        assert left.value.code == 85
+        return {}
+    made.fit(net, step, train, valid, optimizer=optimizer, scheduler=scheduler, **(fit or {}))
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["time"]
+    return {
+        "weights": net.state_dict(),
+        "optimizer": NamedOptimizer(optimizer, net).state_dict(),
+        "scheduler": scheduler.state_dict() if scheduler else None,
+        "lines": lines,
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),  # type: ignore[union-attr]
+    }
+
+
+def assert_equal(a: Any, b: Any, path: str = "") -> None:
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{path}/{index}")
+    else:
+        assert a == b, path
+
+
+def assert_resumes_exactly(*stops: int, **how: Any) -> None:
+    """Stop at each of `stops` in turn, resume, and compare with the run that was not stopped."""
+    shutil.rmtree("whole", ignore_errors=True)
+    shutil.rmtree("stopped", ignore_errors=True)
+    whole = run("whole", **how)
+    for stop in stops:
+        run("stopped", stop_at=stop, **how)
+    assert_equal(run("stopped", **how), whole)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7, 8, 14, 20])
+def test_at_any_step_in_the_middle_and_at_the_end_of_an_epoch(stop: int) -> None:
+    assert_resumes_exactly(stop)
+
+
+def test_several_times() -> None:
+    assert_resumes_exactly(3, 4, 11, 14)
+
+
+def test_with_micro_batches_accumulation_clipping_and_autocast() -> None:
+    assert_resumes_exactly(
+        2, 5, accumulate_grad_batches=2, micro_batch_size=6, gradient_clip_val=0.5, precision="bf16-mixed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make_scheduler", "settings"),
+    [
+        (lambda optimizer: OneCycleLR(optimizer, max_lr=0.05, total_steps=21), {}),
+        (lambda optimizer: StepLR(optimizer, 1, gamma=0.5), {"scheduler_interval": "epoch"}),
+        (lambda optimizer: ReduceLROnPlateau(optimizer, factor=0.5, patience=0), {"monitor": "val/loss"}),
+    ],
+)
+def test_with_schedulers(make_scheduler: Any, settings: dict[str, Any]) -> None:
+    assert_resumes_exactly(9, 14, make_scheduler=make_scheduler, **settings)
+
+
+def test_with_a_scaler_whose_factor_moved() -> None:
+    def sometimes(net: nn.Module, batch: Any, step: int) -> Tensor:
+        x, y = batch
+        return ((net(x) - y) ** 2).mean() * (1e34 if step in (3, 9) else 1.0)
+
+    assert_resumes_exactly(5, step=sometimes, precision="16-mixed")
+
+
+class Augmented(Dataset[Any]):
+    """Draws from all three generators for every sample."""
+
+    def __init__(self) -> None:
+        self.x, self.y = dataset().tensors
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Any:
+        noise = torch.randn(6) * 0.1 + random.random() * 0.1 + np.random.rand() * 0.1
+        return self.x[index] + noise, self.y[index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_augmentation(workers: int) -> None:
+    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+    assert_resumes_exactly(
+        5, 14, make_loader=lambda: DataLoader(Augmented(), batch_size=16, shuffle=True, **options), max_epochs=3
+    )
+
+
+def test_with_samplers_that_draw_their_own_indices() -> None:
+    def weighted() -> DataLoader[Any]:
+        weights = torch.arange(1.0, 101.0)
+        return DataLoader(dataset(), batch_size=16, sampler=WeightedRandomSampler(weights, 100))
+
+    def with_own_generator() -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(3)
+        sampler = RandomSampler(dataset(), replacement=True, generator=generator)
+        return DataLoader(dataset(), batch_sampler=BatchSampler(sampler, 16, drop_last=False))
+
+    for make in (weighted, with_own_generator):
+        assert_resumes_exactly(5, 7, 16, make_loader=make)
+
+
+class CountedReads(Dataset[Any]):
+    """Counts how often a sample is read."""
+
+    def __init__(self) -> None:
+        self.data, self.reads = dataset(), 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        return self.data[index]
+
+
+@pytest.mark.parametrize("own_sampler", [False, True])
+def test_no_sample_that_was_used_is_read_again(own_sampler: bool) -> None:
+    reads = []
+
+    def make() -> DataLoader[Any]:
+        data = CountedReads()
+        reads.append(data)
+        sampler = {"sampler": WeightedRandomSampler(torch.ones(100), 100)} if own_sampler else {"shuffle": True}
+        return DataLoader(data, batch_size=16, **sampler)  # type: ignore[arg-type]
+
+    run("run", stop_at=5, make_loader=make, max_epochs=1)
+    run("run", make_loader=make, max_epochs=1)
+    assert [data.reads for data in reads] == [80, 20]
+
+
+class Stream(IterableDataset[Any]):
+    """Batches without a length, with a state."""
+
+    def __init__(self, batches: int = 7) -> None:
+        self.data, self.batches = dataset(), batches
+        self.at = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self.at = (0, 0) if self.at == self.batches else (self.at, self.at)
+        for self.at in range(start + 1, self.batches + 1):  # noqa: B020
+            rows = slice(16 * (self.at - 1), min(16 * self.at, 100))
+            x, y = self.data[rows]
+            yield x + 0.1 * torch.randn_like(x), y
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("stop", [5, 7, 13])
+def test_with_a_loader_that_has_a_state_and_no_length(stop: int) -> None:
+    assert_resumes_exactly(stop, make_loader=Stream)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_with_torchdatas_stateful_loader(workers: int) -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def make() -> Any:
+        return StatefulDataLoader(dataset(), batch_size=16, shuffle=True, num_workers=workers)
+
+    whole, resumed = run("whole", make_loader=make), run("stopped", stop_at=5, make_loader=make)
+    resumed = run("stopped", make_loader=make)
+    assert_equal(resumed["weights"], whole["weights"])
+    assert_equal(resumed["lines"], whole["lines"])
+
+
+def test_with_a_list_of_batches() -> None:
+    x, y = dataset().tensors
+    assert_resumes_exactly(5, 9, make_loader=lambda: list(zip(x.split(16), y.split(16), strict=True)))
+
+
+def test_with_several_loaders_at_once() -> None:
+    def both(net: nn.Module, batches: Any) -> Tensor:
+        if not isinstance(batches, dict):  # the validation has one loader
+            return step(net, batches)["loss"]
+        return step(net, batches["a"])["loss"] + step(net, batches["b"])["loss"]
+
+    assert_resumes_exactly(5, 7, 12, make_loader=lambda: {"a": loader(16), "b": loader(30)}, step=both)
+
+
+def generated() -> Any:
+    class Batches:
+        def __iter__(self) -> Iterator[Any]:
+            x, y = dataset().tensors
+            yield from zip(x.split(16), y.split(16), strict=True)
+
+    return Batches()
+
+
+def test_an_iterable_without_state_is_refused_in_the_middle_of_an_epoch_unless_skipping_is_allowed() -> None:
+    run("run", stop_at=5, make_loader=generated)
+    with pytest.raises(sheer.DataError, match="resume_by_skipping=True"):
+        run("run", make_loader=generated)
+    assert_resumes_exactly(5, 7, make_loader=generated, fit={"resume_by_skipping": True})
+
+
+def test_a_finished_run_returns_its_result_and_a_longer_one_goes_on() -> None:
+    whole = run("whole")
+    before = Path("whole/metrics.jsonl").read_text()
+    again = run("whole")
+    assert Path("whole/metrics.jsonl").read_text() == before
+    assert_equal(again["weights"], whole["weights"])
+    longer = run("whole", max_epochs=4)
+    assert longer["lines"][-1]["step"] == 28
+
+
+def test_lines_behind_the_last_checkpoint_are_cut_off() -> None:
+    whole = run("whole")
+    run("stopped", stop_at=5)
+    with Path("stopped/metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "train/loss": 1.0}\n')
+    assert_equal(run("stopped")["lines"], whole["lines"])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken() -> None:
+    checkpoint = sheer.Checkpoint(every_n_steps=3, keep_last=2)
+    whole = run("whole", checkpoint=checkpoint)
+    run("stopped", stop_at=8, checkpoint=checkpoint)
+    newest = Path("stopped/checkpoints/last").resolve()
+    assert newest.name == "step-00000008"
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (newest / "model.safetensors").write_bytes(content)
+    with pytest.warns(sheer.SheerWarning, match=r"model\.safetensors is damaged"):
+        resumed = run("stopped", checkpoint=checkpoint)
+    assert_equal(resumed, whole)
+
+
+def test_settings_that_change_the_steps_are_refused_with_the_list_of_them() -> None:
+    run("run", stop_at=5)
+    with pytest.raises(sheer.RunError, match=r"gradient_clip_val: None then, 1.0 now") as error:
+        run("run", gradient_clip_val=1.0, precision="bf16-mixed")
+    assert "precision: '32-true' then, 'bf16-mixed' now" in str(error.value)
+    run("run", log_every_n_steps=3, max_epochs=4, checkpoint=sheer.Checkpoint(keep_last=2))
+
+
+def test_other_data_is_refused() -> None:
+    run("run", stop_at=5)
+    with pytest.raises(sheer.DataError, match="100 samples in the training data, and now there are 90"):
+        run("run", make_loader=lambda: loader(samples=90))
+    with pytest.raises(sheer.DataError, match="16 samples in a batch of the loader, and now there are 8"):
+        run("run", make_loader=lambda: loader(8))
+
+
+def test_an_existing_run_is_not_overwritten() -> None:
+    run("run", max_epochs=1)
+    with pytest.raises(sheer.RunError, match='resume="auto"'):
+        trainer(run_dir="run").fit(model(), step, loader(), optimizer=lambda net: AdamW(net.parameters()))
+
+
+def test_from_a_checkpoint_of_another_run() -> None:
+    whole = run("whole")
+    run("stopped", stop_at=9)
+    sheer.seed_everything(0)
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    trainer(run_dir="new", resume="stopped/checkpoints/last", log_every_n_steps=4, checkpoint=True).fit(
+        net, step, loader(), loader(32, shuffle=False), optimizer=optimizer
+    )
+    assert_same(net.state_dict(), whole["weights"])
+    assert json.loads(Path("new/metrics.jsonl").read_text().splitlines()[0])["step"] == 12
+
+
+def test_the_weights_alone_serve_without_sheer() -> None:
+    from safetensors.torch import load_file
+
+    whole = run("whole")
+    net = model()
+    net.load_state_dict(load_file("whole/checkpoints/last/model.safetensors"))
+    assert_same(net.state_dict(), whole["weights"])
