@@ -33,6 +33,8 @@ class Session:
             for callback in self.run.events.exception:
                 callback.on_exception(error)
             error.add_note(self._where(error))
+        if self.run.data is not None:
+            self.run.data.source.close()
         self.run.loggers.close()
         self.run.console.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: str | None = None
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -34,6 +36,8 @@ class StopSignals:
         self._before.clear()
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker of a loader, which Ctrl-C reaches too: its parent decides
+            return
         if self.received is not None:
             self.__exit__(None, None, None)
             raise KeyboardInterrupt("A second signal: leaving at once.")

@@ -46,6 +46,9 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned, before `epoch` is called."""
 
+    def close(self) -> None:
+        """End the workers that were started here; left to the garbage collector, each would be waited for."""
+
 
 def make_source(loader: Any, *, seed: int, device: torch.device, resume_by_skipping: bool = False) -> Source:
     """Choose the case that `loader` is.
@@ -143,6 +146,10 @@ class GlobalOrderSource:
                 )
         self.sampler.seed = state["seed"]
 
+    def close(self) -> None:
+        """Let go of the loader that was made here, and thereby of its workers."""
+        del self.loader
+
 
 class OwnOrderSource:
     """A map-style DataLoader with a sampler of the user's own: its indices are replayed on resume, no data is read."""
@@ -180,6 +187,10 @@ class OwnOrderSource:
         self.order.drawn_under = state["drawn_under"]
         self.order.replay = state["drawn_under"] is not None
         self.order.set_generator_states(state["generators"])
+
+    def close(self) -> None:
+        """Let go of the loader that was made here, and thereby of its workers."""
+        del self.loader
 
 
 class ReplayedSampler(Sampler[Any]):
@@ -266,6 +277,9 @@ class StatefulSource:
         """Give the loader its state back."""
         self.loader.load_state_dict(state["loader"])
 
+    def close(self) -> None:
+        """Leave the loader, which is the user's, as it is."""
+
 
 class IterableSource:
     """Any other iterable of batches. A list can be entered anywhere; others only from their start, or by skipping."""
@@ -305,6 +319,9 @@ class IterableSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take nothing."""
 
+    def close(self) -> None:
+        """Leave the loader, which is the user's, as it is."""
+
 
 class CombinedSource:
     """Several loaders at once: each batch is a dict with one batch of each. The longest sets the epoch, the others start anew."""
@@ -326,7 +343,7 @@ class CombinedSource:
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
         """Open an epoch of the longest at its batch `start`; the samples of a step are those of the first loader."""
         passed = epoch * self.longest + start
-        streams = [self._stream(name, passed) for name in self.sources]
+        streams = [self._stream(name, passed, in_middle=start > 0) for name in self.sources]
         return self._zipped(streams, self.longest - start)
 
     def _zipped(self, streams: list[Iterator[tuple[Any, int]]], batches: int) -> Iterator[tuple[Any, int]]:
@@ -334,8 +351,10 @@ class CombinedSource:
             parts = [next(stream) for stream in streams]
             yield {name: part for name, (part, _) in zip(self.sources, parts, strict=True)}, parts[0][1]
 
-    def _stream(self, name: str, passed: int) -> Iterator[tuple[Any, int]]:
+    def _stream(self, name: str, passed: int, *, in_middle: bool) -> Iterator[tuple[Any, int]]:
         epoch, start = divmod(passed, self.lengths[name])
+        if in_middle and start == 0:  # a shorter one that starts anew draws when it does, as it would have
+            return self._later_epochs(name, epoch)
         opened = self.sources[name].epoch(epoch, start)  # opened here, as its random numbers are drawn here
         return itertools.chain(opened, self._later_epochs(name, epoch + 1))
 
@@ -351,6 +370,11 @@ class CombinedSource:
         """Give each its state back."""
         for name, source in self.sources.items():
             source.load_state_dict(state[name])
+
+    def close(self) -> None:
+        """Close each."""
+        for source in self.sources.values():
+            source.close()
 
 
 def rebuilt(loader: DataLoader[Any], batching: dict[str, Any], *, seed: int, device: torch.device) -> DataLoader[Any]:
