@@ -18,6 +18,7 @@ from sheer.own_loop import Loop
 from sheer.random import seed_everything
 from sheer.run import Result
 from sheer.saving import load_weights
+from sheer.schedules import warmup_cosine, warmup_linear, warmup_stable_decay
 from sheer.settings import Checkpoint, Settings
 from sheer.trainer import Trainer
 from sheer.version import __version__
@@ -47,4 +48,7 @@ __all__ = [
     "load_weights",
     "mean",
     "seed_everything",
+    "warmup_cosine",
+    "warmup_linear",
+    "warmup_stable_decay",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -229,13 +230,17 @@ def finish(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
 
 def result(run: Run) -> Result:
     """Return how a run ended."""
-    best, last = run.checkpoints / "best", run.checkpoints / "last"
     return Result(
         step=run.progress.step,
         epoch=run.progress.epoch,
         metrics=run.last_metrics,
-        best=best.resolve() if best.exists() else None,
-        last=last.resolve() if last.exists() else None,
+        best=linked(run.checkpoints / "best"),
+        last=linked(run.checkpoints / "last"),
         stopped_by=run.progress.stopped_by or "",
         run_dir=run.info.run_dir,
     )
+
+
+def linked(link: Path) -> Path | None:
+    """Return the checkpoint that a link points to, or None where there is no such link."""
+    return link.parent / link.readlink() if link.is_symlink() else None

@@ -1,0 +1,5 @@
+"""`python -m sheer` is the `sheer` command."""
+
+from sheer.cli import main
+
+main()

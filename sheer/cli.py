@@ -1,0 +1,78 @@
+"""The `sheer` command."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sheer.errors import SettingsError
+from sheer.launch import overriding
+from sheer.settings import Settings, overridden
+from sheer.version import __version__
+
+app = typer.Typer(
+    name="sheer",
+    help="Train PyTorch models: one loop that you can run, read, or take with you.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Train PyTorch models: one loop that you can run, read, or take with you."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="The script to run; what follows it is its own.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Set a setting of every Trainer in the script, as max_steps=50."
+        ),
+    ] = None,
+) -> None:
+    """Run a training script; --set overrides its settings."""
+    try:
+        changes = read_changes(set_ or [])
+    except SettingsError as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from None
+    if not script.is_file():
+        raise typer.BadParameter(f"there is no file {script}", param_hint="SCRIPT")
+    sys.argv = [str(script), *context.args]
+    sys.path[0] = str(script.resolve().parent)
+    with overriding(changes):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def read_changes(assignments: list[str]) -> dict[str, str]:
+    """Read NAME=VALUE assignments, and see that there are such settings and that they take such values.
+
+    Raises:
+        SettingsError: one is no assignment, or names no setting, or has a value of the wrong type.
+    """
+    changes = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise SettingsError(f"{assignment!r} sets nothing; write NAME=VALUE, as max_steps=50.")
+        changes[name] = value
+        overridden(
+            Settings(), {name: value} if name != "resume" else {}
+        )  # whether it fits the script, its Trainer says
+    return changes
+
+
+def main() -> None:
+    """Run the command."""
+    app()

@@ -1,0 +1,68 @@
+"""The `sheer` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sheer.cli import read_changes
+from sheer.errors import SettingsError
+
+ROOT = Path(__file__).parents[1]
+
+SCRIPT = """
+import sys, torch, sheer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import beside  # a module in the script's own folder
+
+model = nn.Linear(2, 1)
+loader = DataLoader(TensorDataset(torch.randn(32, 2)), batch_size=4)
+trainer = sheer.Trainer(max_steps=int(sys.argv[1]), run_dir="run", checkpoint=sheer.Checkpoint(keep_last=2))
+result = trainer.fit(model, lambda m, b: m(b[0]).square().mean(), loader, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+print("steps", result.step, "arguments", sys.argv[1:])
+"""
+
+
+def sheer(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sheer", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_run_sets_settings_and_leaves_the_scripts_own_arguments_to_it() -> None:
+    Path("train.py").write_text(SCRIPT)
+    Path("beside.py").touch()
+    done = sheer("run", "--set", "max_steps=3", "--set", "checkpoint.keep_last=1", "train.py", "7", "--own=1")
+    assert "steps 3 arguments ['7', '--own=1']" in done.stdout, done.stderr
+    settings = json.loads(Path("run/run.json").read_text())["settings"]
+    assert settings["max_steps"] == 3 and settings["checkpoint"]["keep_last"] == 1
+
+
+def test_run_names_an_unknown_setting_before_the_script_starts() -> None:
+    Path("train.py").write_text("print('started')")
+    done = sheer("run", "--set", "max_step=3", "train.py")
+    assert done.returncode == 2 and "Did you mean max_steps?" in done.stderr.replace("\n", " ")
+    assert "started" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("max_steps", "write NAME=VALUE"),
+        ("max_steps=ten", "max_steps must be an int or None"),
+        ("checkpoint.keep=1", "checkpoint.keep"),
+    ],
+)
+def test_assignments_are_read_strictly(assignment: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        read_changes([assignment])
+
+
+def test_a_duration_can_be_set_as_a_clock() -> None:
+    assert read_changes(["max_time=00:10:00"]) == {"max_time": "00:10:00"}
