@@ -136,7 +136,10 @@ def cut(value: Any, samples: int, start: int, stop: int) -> Any:
 
 
 def _holds_samples(values: Sequence[Any], samples: int) -> bool:
-    """Whether a list is one item a sample (strings, numbers, tensors of any size), not a few tensors of `samples` rows each."""
+    """Whether a list is one item a sample (strings, numbers, tensors of any size).
+
+    As many tensors as samples, each with as many rows, could be either; they are taken for a few tensors of samples.
+    """
     if len(values) != samples:
         return False
     return not all(isinstance(item, Tensor) and item.dim() > 0 and item.shape[0] == samples for item in values)
