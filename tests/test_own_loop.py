@@ -1,0 +1,226 @@
+"""One's own loop: the same parts as `fit`, losing nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import StepLR
+
+import sheer
+from tests.task import assert_same, loader, loss_step, model, plain_loader, step, trainer
+
+
+class GAN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.g = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6))
+        self.d = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1))
+
+
+def d_step(gan: GAN, batch: Any) -> Tensor:
+    fake = gan.g(torch.randn(len(batch[0]), 4)).detach()
+    return F.softplus(-gan.d(batch[0])).mean() + F.softplus(gan.d(fake)).mean()
+
+
+def g_step(gan: GAN, batch: Any) -> Tensor:
+    return F.softplus(-gan.d(gan.g(torch.randn(len(batch[0]), 4)))).mean()
+
+
+def train_gan(folder: str, stop_at: int | None = None, **settings: Any) -> tuple[GAN, Any, list[dict[str, Any]]]:
+    sheer.seed_everything(0)
+    gan = GAN()
+    d, g = Adam(gan.d.parameters(), lr=1e-2), Adam(gan.g.parameters(), lr=1e-2)
+    made = trainer(run_dir=folder, resume="auto", log_every_n_steps=4, checkpoint=True, max_epochs=3, **settings)
+    run = made.start(gan, optimizers={"d": d, "g": g}, schedulers={"d": StepLR(d, 1, gamma=0.99)})
+    for batch in run.steps(loader()):
+        run.update(d, d_step, batch)
+        if run.step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        run.update(g, g_step, batch)
+    result = run.finish()
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["time"]
+    return gan, result, lines
+
+
+def test_a_gan_equals_the_hand_written_loop() -> None:
+    sheer.seed_everything(0)
+    gan = GAN()
+    d, g = Adam(gan.d.parameters(), lr=1e-2), Adam(gan.g.parameters(), lr=1e-2)
+    scheduler = StepLR(d, 1, gamma=0.99)
+    batches, sampler = plain_loader(seed=3)  # the seed that GAN() set last
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        for batch in batches:
+            d.zero_grad()
+            d_step(gan, batch).backward()
+            d.step()
+            scheduler.step()
+            g.zero_grad()
+            g_step(gan, batch).backward()
+            g.step()
+
+    other, result, lines = train_gan("run")
+    assert_same(other.state_dict(), gan.state_dict())
+    assert result.step == 21 and result.epoch == 3  # two updates are one step
+    assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 21]
+    assert set(lines[0]) == {"step", "epoch", "train/d/loss", "train/g/loss"}
+
+
+@pytest.mark.parametrize("stop", [5, 7, 13])
+def test_it_resumes_exactly(stop: int) -> None:
+    gan, _, lines = train_gan("whole")
+    with pytest.raises(SystemExit) as left:
+        train_gan("stopped", stop)
+    assert left.value.code == 85
+    again, _, again_lines = train_gan("stopped")
+    assert_same(again.state_dict(), gan.state_dict())
+    assert again_lines == lines
+
+
+def test_the_lines_of_fit_with_one_optimizer_give_what_fit_gives() -> None:
+    nets = []
+    for own in (False, True):
+        net = model()
+        optimizer = AdamW(net.parameters(), lr=1e-2)
+        torch.manual_seed(0)
+        made = trainer(max_epochs=2, gradient_clip_val=0.5, precision="bf16-mixed", micro_batch_size=6)
+        if own:
+            run = made.start(net, optimizers={"optimizer": optimizer})
+            for batch in run.steps(loader()):
+                run.update(optimizer, step, batch)
+            run.finish()
+        else:
+            made.fit(net, step, loader(), optimizer=optimizer)
+        nets.append(net)
+    assert_same(nets[0].state_dict(), nets[1].state_dict())
+
+
+def test_the_halves_of_an_update_leave_room_for_gradient_surgery() -> None:
+    """Two losses, of which the second only counts where it agrees with the first."""
+
+    def other_step(net: nn.Module, batch: Any) -> Tensor:
+        return net(batch[0]).abs().mean()
+
+    net = model(0.0)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    torch.manual_seed(0)
+    batches, _ = plain_loader()
+    for batch in batches:
+        first = torch.autograd.grad(loss_step(net, batch), list(net.parameters()))
+        second = torch.autograd.grad(other_step(net, batch), list(net.parameters()))
+        for parameter, a, b in zip(net.parameters(), first, second, strict=True):
+            parameter.grad = a + b * (a * b > 0)
+        optimizer.step()
+
+    other = model(0.0)
+    own = SGD(other.parameters(), lr=0.1)
+    torch.manual_seed(0)
+    run = trainer(max_epochs=1).start(other, optimizers={"sgd": own})
+    for batch in run.steps(loader()):
+        run.backward(loss_step, batch)
+        before = [parameter.grad for parameter in other.parameters()]
+        for parameter in other.parameters():
+            parameter.grad = None
+        run.backward(other_step, batch)
+        for parameter, a in zip(other.parameters(), before, strict=True):
+            assert a is not None and parameter.grad is not None
+            parameter.grad = a + parameter.grad * (a * parameter.grad > 0)
+        run.apply(own)
+    run.finish()
+    assert_same(other.state_dict(), net.state_dict())
+
+
+def test_a_mean_over_micro_batches_leaves_gradients_alone_that_were_there_before() -> None:
+    def weighted(net: nn.Module, batch: Any) -> sheer.Mean:
+        return sheer.mean(net(batch[0]), mask=batch[1] > 0)
+
+    net = nn.Linear(6, 1)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    run = trainer(max_steps=1, micro_batch_size=5).start(net, optimizers={"sgd": optimizer})
+    for batch in run.steps(loader()):
+        run.backward(weighted, batch)
+        (once,) = (net.weight.grad.clone(),)  # type: ignore[union-attr]
+        run.backward(weighted, batch)
+        torch.testing.assert_close(net.weight.grad, 2 * once)
+        run.apply(optimizer)
+    run.finish()
+
+
+def test_without_a_loader_the_steps_are_counted_and_resumed() -> None:
+    def play(folder: str, stop_at: int | None = None) -> nn.Module:
+        sheer.seed_everything(0)
+        net = nn.Linear(6, 1)
+        optimizer = SGD(net.parameters(), lr=0.01)
+        run = trainer(max_steps=10, run_dir=folder, resume="auto", checkpoint=True).start(
+            net, optimizers={"sgd": optimizer}
+        )
+        for number in run.steps():
+            assert number == run.step
+            run.update(optimizer, lambda m, batch: m(batch).square().mean(), torch.randn(8, 6))
+            run.log({"seen": number})
+            if number == stop_at:
+                signal.raise_signal(signal.SIGINT)
+        assert run.finish().metrics["train/seen"] == 5.5
+        return net
+
+    whole = play("whole")
+    with pytest.raises(SystemExit):
+        play("stopped", stop_at=4)
+    assert_same(play("stopped").state_dict(), whole.state_dict())
+
+
+def test_evaluate_logs_monitors_and_can_stop() -> None:
+    class StopSoon:
+        def on_validation_end(self, step: int, metrics: Any) -> str | None:
+            return "good enough" if step >= 8 else None
+
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    made = trainer(max_steps=100, monitor="val/loss", checkpoint=True, callbacks=[StopSoon()], run_dir="run")
+    run = made.start(net, optimizers={"adam": optimizer})
+    for batch in run.steps(loader()):
+        run.update(optimizer, step, batch)
+        if run.step % 4 == 0:
+            metrics = run.evaluate(step, loader(50))
+            assert set(metrics) == {"val/loss", "val/error"}
+    result = run.finish()
+    assert result.stopped_by == "good enough" and result.step == 8
+    assert result.best is not None and result.best.name in ("step-00000004", "step-00000008")
+
+
+def test_breaking_out_of_the_loop_saves_what_is_done() -> None:
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    run = trainer(max_steps=100, checkpoint=True, run_dir="run").start(net, optimizers={"adam": optimizer})
+    for batch in run.steps(loader()):
+        run.update(optimizer, step, batch)
+        if run.step == 3:
+            break
+    result = run.finish()
+    assert result.stopped_by == "break" and result.last is not None and result.last.name == "step-00000003"
+
+
+def test_with_accumulation_the_batches_of_a_step_are_handed_on_as_they_are() -> None:
+    net = model(0.0)
+    whole = model(0.0)
+    for target, size, accumulate in ((net, 8, 2), (whole, 16, 1)):
+        optimizer = SGD(target.parameters(), lr=0.1)
+        target[1].eval()
+        torch.manual_seed(0)
+        run = trainer(max_epochs=1, accumulate_grad_batches=accumulate).start(target, optimizers={"sgd": optimizer})
+        for batch in run.steps(loader(size)):
+            run.update(optimizer, step, batch)
+        run.finish()
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[name])
