@@ -33,7 +33,7 @@ def backward(cfg: Settings, run: Run, step: Step, batch: StepBatch, prefix: str 
         What the step returned for the last micro-batch.
     """
     parts = batch if cfg.micro_batch_size is None else list(micro_batches(batch, cfg.micro_batch_size))
-    total = sum([samples for _, samples in parts])
+    total = parts[0][1] if len(parts) == 1 else sum([samples for _, samples in parts])
     counts: list[Number] = []
     for part, samples in parts:
         with run.compute.autocast:
