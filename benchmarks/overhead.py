@@ -178,7 +178,7 @@ def sheer_everything(tick: Tick, steps: int) -> None:
         max_steps=steps,
         precision="bf16-mixed",
         gradient_clip_val=1.0,
-        callbacks=[x for x in [getattr(sheer,"EMA",None)] if x],
+        callbacks=[x for x in [getattr(sheer, "EMA", None)] if x],
         checkpoint=sheer.Checkpoint(every_n_steps=2000),
         loggers=[quiet_console(live=True)],
         run_dir=tempfile.mkdtemp(),
@@ -190,7 +190,7 @@ def sheer_everything(tick: Tick, steps: int) -> None:
 def quiet_console(live: bool = False) -> Any:
     import sheer
 
-    return sheer.Console(live=live, file=Path(os.devnull).open("w"))  # noqa: SIM115
+    return sheer.Console(live=live, file=Path(os.devnull).open("w"))
 
 
 def lightning_module(tick: Tick, logs: bool) -> Any:
@@ -370,7 +370,7 @@ def quartile(times: list[float]) -> float:
 
 def print_steps(arms: list[Arm], blocks: int) -> None:
     by_name = {arm.name: arm for arm in arms}
-    base_of = {name: "hand-written, bare" for name in by_name}
+    base_of = dict.fromkeys(by_name, "hand-written, bare")
     base_of["Sheer, defaults"] = "hand-written, as Sheer by default"
     base_of["Sheer, everything on"] = "hand-written, everything on"
     print(
