@@ -4,6 +4,7 @@ from sheer import data
 from sheer.console import Console
 from sheer.errors import (
     DataError,
+    MissingPackageError,
     ModelError,
     NonFiniteError,
     RunError,
@@ -12,7 +13,11 @@ from sheer.errors import (
     SheerWarning,
     StepError,
 )
+from sheer.loggers.csv import CSV
 from sheer.loggers.jsonl import JSONL
+from sheer.loggers.mlflow import MLflow
+from sheer.loggers.tensorboard import TensorBoard
+from sheer.loggers.wandb import WandB
 from sheer.metrics import Figure, Image, Mean, Text, mean
 from sheer.own_loop import Loop
 from sheer.random import seed_everything
@@ -24,6 +29,7 @@ from sheer.trainer import Trainer
 from sheer.version import __version__
 
 __all__ = [
+    "CSV",
     "JSONL",
     "Checkpoint",
     "Console",
@@ -31,7 +37,9 @@ __all__ = [
     "Figure",
     "Image",
     "Loop",
+    "MLflow",
     "Mean",
+    "MissingPackageError",
     "ModelError",
     "NonFiniteError",
     "Result",
@@ -41,8 +49,10 @@ __all__ = [
     "SheerError",
     "SheerWarning",
     "StepError",
+    "TensorBoard",
     "Text",
     "Trainer",
+    "WandB",
     "__version__",
     "data",
     "load_weights",

@@ -25,6 +25,10 @@ class RunError(SheerError, RuntimeError):
     """A run directory, or a checkpoint in it, that cannot be used."""
 
 
+class MissingPackageError(SheerError, ImportError):
+    """A package that is not among Sheer's own dependencies, asked for and not installed."""
+
+
 class NonFiniteError(SheerError, FloatingPointError):
     """A loss or a gradient that became NaN or infinite."""
 

@@ -101,7 +101,7 @@ class Run:
             "random": random_state(),
             "data": self.data.state_dict() if self.data is not None else None,
             "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
-            "loggers": {name: logger.state_dict() for name, logger in self.loggers.with_state().items()},
+            "loggers": self.loggers.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, same_run: bool = True) -> None:
@@ -125,9 +125,7 @@ class Run:
             if name in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][name])
         if same_run:
-            for name, logger in self.loggers.with_state().items():
-                if name in state["loggers"]:
-                    logger.load_state_dict(state["loggers"][name])
+            self.loggers.load_state_dict(state["loggers"])
         self.restored = {"random": state["random"], "data": state["data"]}
 
     def open_data(self, data: TrainingData) -> Callable[[], None] | None:

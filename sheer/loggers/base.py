@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from sheer.errors import SheerWarning
 from sheer.events import RunInfo, named
-from sheer.metrics import Media
+from sheer.metrics import Figure, Image, Media, Text
 
 
 @runtime_checkable
@@ -20,56 +23,114 @@ class Logger(Protocol):
     """
 
     def start(self, info: RunInfo) -> None:
-        """Open what is needed; called once, after `load_state_dict`."""
+        """Open what is needed; called after `load_state_dict`, and again after `close` where more of the same run comes."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a log point or of a validation, and "epoch"."""
 
     def close(self) -> None:
-        """Write out what is left; called once, at the end, also after an error."""
+        """Write out what is left; called at the end, also after an error."""
 
 
 class Loggers:
-    """All loggers of a run. One that fails is warned of once and goes on being tried: no logger stops a training."""
+    """All loggers of a run. One that fails is warned of, once for each of its methods: no logger stops a training."""
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self.loggers = tuple(loggers)
-        self._warned: set[str] = set()
+        self._started: tuple[Logger, ...] = ()
+        self._states: dict[str, dict[str, Any]] = {}
+        self._warned: set[tuple[int, str]] = set()
+        self._unshown: set[type] = set()
 
-    def with_state(self) -> dict[str, Any]:
-        """Return the loggers that have state, by name."""
-        return named(self.loggers)
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the states of the loggers that have one, by name; where one fails now, the last that it gave."""
+        for name, logger in named(self.loggers).items():
+            take = functools.partial(self._take_state, name, logger)
+            self._guarded(logger, "state_dict", take, "Checkpoints are saved with the last state it gave, if any.")
+        return dict(self._states)
+
+    def _take_state(self, name: str, logger: Any) -> None:
+        self._states[name] = logger.state_dict()
+
+    def load_state_dict(self, states: Mapping[str, dict[str, Any]]) -> None:
+        """Give the loggers back the states that `state_dict` returned; what is new has none."""
+        for name, logger in named(self.loggers).items():
+            if name in states:
+                self._states[name] = states[name]
+                load = functools.partial(logger.load_state_dict, states[name])
+                self._guarded(logger, "load_state_dict", load, "It may log anew what it logged before.")
 
     def start(self, info: RunInfo) -> None:
-        """Open all."""
-        for logger in self.loggers:
-            self._guarded(logger, "start", logger.start, info)
+        """Open all. One that fails here is left alone until the next start: to try at each log point could take minutes."""
+        self._started = tuple(
+            logger
+            for logger in self.loggers
+            if self._guarded(logger, "start", functools.partial(logger.start, info), "It gets nothing from this run.")
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand the metrics to all."""
-        for logger in self.loggers:
-            self._guarded(logger, "log", logger.log, step, metrics)
+        for logger in self._started:
+            call = functools.partial(logger.log, step, metrics)
+            self._guarded(logger, "log", call, "It is tried again at each log point, without a word.")
 
     def log_media(self, step: int, media: Mapping[str, Media]) -> None:
-        """Hand pictures, texts and figures to those that can show them; the others say once that they cannot."""
-        for logger in self.loggers:
-            if hasattr(logger, "log_media"):
-                self._guarded(logger, "log_media", logger.log_media, step, media)
+        """Hand pictures, texts and figures to the loggers that show them; where none does, say so once a kind.
+
+        The figures are closed afterwards: pyplot would keep them all.
+        """
+        if not media:
+            return
+        showing = [(logger, logger.log_media) for logger in self._started if hasattr(logger, "log_media")]
+        for logger, show in showing:
+            call = functools.partial(show, step, media)
+            self._guarded(logger, "log_media", call, "It is tried again with the next, without a word.")
+        if not showing:
+            self._say_unshown(media)
+        close_figures(media)
 
     def close(self) -> None:
-        """Close all."""
+        """Close all, also those that could not be started: they may hold half of what they need."""
         for logger in self.loggers:
-            self._guarded(logger, "close", logger.close)
+            if logger in self._started:
+                self._guarded(logger, "close", logger.close, "The last of what it was given may be missing.")
+            else:
+                with contextlib.suppress(Exception):
+                    logger.close()
+        self._started = ()
 
-    def _guarded(self, logger: Logger, what: str, call: Callable[..., None], *arguments: Any) -> None:
+    def _guarded(self, logger: object, what: str, call: Callable[[], None], consequence: str) -> bool:
+        """Call, and return whether it went well; warn at the first time that it does not."""
         try:
-            call(*arguments)
+            call()
         except Exception as error:
-            name = f"{type(logger).__name__}.{what}"
-            if name not in self._warned:
-                self._warned.add(name)
+            if (id(logger), what) not in self._warned:
+                self._warned.add((id(logger), what))
                 warnings.warn(
-                    f"{name} failed, and training goes on: {type(error).__name__}: {error}. It will be tried again, without a word.",
+                    f"{type(logger).__name__}.{what} failed, and training goes on: {type(error).__name__}: {error}. {consequence}",
                     SheerWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
+            return False
+        return True
+
+    def _say_unshown(self, media: Mapping[str, Media]) -> None:
+        kinds = {Image: "images", Text: "texts", Figure: "figures"}
+        names = " and ".join(dict.fromkeys(type(logger).__name__ for logger in self._started))
+        for name, item in media.items():
+            if names and type(item) not in self._unshown:
+                self._unshown.add(type(item))
+                warnings.warn(
+                    f"{names} cannot show {kinds[type(item)]}, so {name!r} is dropped, and so are all that follow. Add a logger "
+                    "that shows them, as loggers=[sheer.TensorBoard()] does.",
+                    SheerWarning,
+                    stacklevel=3,
+                )
+
+
+def close_figures(media: Mapping[str, Media]) -> None:
+    """Take figures out of pyplot's list of all that are open. One made without pyplot is in none."""
+    pyplot = sys.modules.get("matplotlib.pyplot")  # not imported here: it would choose a display
+    for item in media.values():
+        if pyplot is not None and isinstance(item, Figure):
+            pyplot.close(item.figure)
