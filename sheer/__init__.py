@@ -1,6 +1,9 @@
 """Sheer trains PyTorch models: one loop, written once in plain Python, that you can run, read, or take with you."""
 
 from sheer import data
+from sheer.callbacks.early_stopping import EarlyStopping
+from sheer.callbacks.ema import EMA
+from sheer.callbacks.learning_rate_monitor import LearningRateMonitor
 from sheer.console import Console
 from sheer.errors import (
     DataError,
@@ -24,12 +27,15 @@ from sheer.trainer import Trainer
 from sheer.version import __version__
 
 __all__ = [
+    "EMA",
     "JSONL",
     "Checkpoint",
     "Console",
     "DataError",
+    "EarlyStopping",
     "Figure",
     "Image",
+    "LearningRateMonitor",
     "Loop",
     "Mean",
     "ModelError",
