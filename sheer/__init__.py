@@ -1,9 +1,18 @@
 """Sheer trains PyTorch models: one loop, written once in plain Python, that you can run, read, or take with you."""
 
 from sheer import data
+from sheer.callbacks.device_stats import DeviceStats
 from sheer.callbacks.early_stopping import EarlyStopping
 from sheer.callbacks.ema import EMA
+from sheer.callbacks.freeze import Freeze
+from sheer.callbacks.gradient_norm import GradientNorm
 from sheer.callbacks.learning_rate_monitor import LearningRateMonitor
+from sheer.callbacks.model_summary import ModelSummary
+from sheer.callbacks.on import On
+from sheer.callbacks.profiler import Profiler
+from sheer.callbacks.swa import SWA
+from sheer.callbacks.throughput import Throughput
+from sheer.callbacks.timer import Timer
 from sheer.console import Console
 from sheer.errors import (
     DataError,
@@ -29,17 +38,24 @@ from sheer.version import __version__
 __all__ = [
     "EMA",
     "JSONL",
+    "SWA",
     "Checkpoint",
     "Console",
     "DataError",
+    "DeviceStats",
     "EarlyStopping",
     "Figure",
+    "Freeze",
+    "GradientNorm",
     "Image",
     "LearningRateMonitor",
     "Loop",
     "Mean",
     "ModelError",
+    "ModelSummary",
     "NonFiniteError",
+    "On",
+    "Profiler",
     "Result",
     "RunError",
     "Settings",
@@ -48,6 +64,8 @@ __all__ = [
     "SheerWarning",
     "StepError",
     "Text",
+    "Throughput",
+    "Timer",
     "Trainer",
     "__version__",
     "data",

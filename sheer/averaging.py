@@ -102,4 +102,5 @@ def averaged_dtype(parameter: Tensor) -> torch.dtype:
 @torch.no_grad()
 def copy_into(targets: list[Any], values: list[Tensor]) -> None:
     """Copy values into tensors, in place."""
-    torch._foreach_copy_(targets, values)
+    if values:  # torch refuses empty lists
+        torch._foreach_copy_(targets, values)
