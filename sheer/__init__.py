@@ -24,6 +24,7 @@ from sheer.errors import (
     SheerWarning,
     StepError,
 )
+from sheer.find_lr import LRFinding, find_lr
 from sheer.loggers.jsonl import JSONL
 from sheer.metrics import Figure, Image, Mean, Text, mean
 from sheer.own_loop import Loop
@@ -48,6 +49,7 @@ __all__ = [
     "Freeze",
     "GradientNorm",
     "Image",
+    "LRFinding",
     "LearningRateMonitor",
     "Loop",
     "Mean",
@@ -69,6 +71,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "data",
+    "find_lr",
     "load_weights",
     "mean",
     "seed_everything",
