@@ -24,6 +24,7 @@ from sheer.errors import (
     SheerWarning,
     StepError,
 )
+from sheer.events import RunInfo
 from sheer.find_lr import LRFinding, find_lr
 from sheer.loggers.jsonl import JSONL
 from sheer.metrics import Figure, Image, Mean, Text, mean
@@ -60,6 +61,7 @@ __all__ = [
     "Profiler",
     "Result",
     "RunError",
+    "RunInfo",
     "Settings",
     "SettingsError",
     "SheerError",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -197,6 +199,24 @@ def test_a_second_fit_starts_anew() -> None:
     first = {name: value.clone() for name, value in (ema.averages() or {}).items()}
     fitted(ema)
     assert_same(ema.averages() or {}, first)
+
+
+def test_a_step_costs_three_python_calls_of_ours() -> None:
+    calls: list[str] = []
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.endswith(("callbacks/ema.py", "sheer/averaging.py")):
+            calls.append(frame.f_code.co_name)
+
+    def profiled(step: int, model: nn.Module, batch: Any) -> None:
+        calls.clear()
+        sys.setprofile(count)
+
+    try:
+        fitted(sheer.EMA(0.9), sheer.On(step_start=profiled), max_steps=5)
+    finally:
+        sys.setprofile(None)
+    assert calls[:3] == ["on_update", "on_step_end", "average"]
 
 
 def test_arguments_out_of_range_are_refused() -> None:
