@@ -1,6 +1,18 @@
 """Sheer trains PyTorch models: one loop, written once in plain Python, that you can run, read, or take with you."""
 
 from sheer import data
+from sheer.callbacks.device_stats import DeviceStats
+from sheer.callbacks.early_stopping import EarlyStopping
+from sheer.callbacks.ema import EMA
+from sheer.callbacks.freeze import Freeze
+from sheer.callbacks.gradient_norm import GradientNorm
+from sheer.callbacks.learning_rate_monitor import LearningRateMonitor
+from sheer.callbacks.model_summary import ModelSummary
+from sheer.callbacks.on import On
+from sheer.callbacks.profiler import Profiler
+from sheer.callbacks.swa import SWA
+from sheer.callbacks.throughput import Throughput
+from sheer.callbacks.timer import Timer
 from sheer.console import Console
 from sheer.errors import (
     DataError,
@@ -13,6 +25,8 @@ from sheer.errors import (
     SheerWarning,
     StepError,
 )
+from sheer.events import RunInfo
+from sheer.find_lr import LRFinding, find_lr
 from sheer.loggers.csv import CSV
 from sheer.loggers.jsonl import JSONL
 from sheer.loggers.mlflow import MLflow
@@ -30,20 +44,32 @@ from sheer.version import __version__
 
 __all__ = [
     "CSV",
+    "EMA",
     "JSONL",
+    "SWA",
     "Checkpoint",
     "Console",
     "DataError",
+    "DeviceStats",
+    "EarlyStopping",
     "Figure",
+    "Freeze",
+    "GradientNorm",
     "Image",
+    "LRFinding",
+    "LearningRateMonitor",
     "Loop",
     "MLflow",
     "Mean",
     "MissingPackageError",
     "ModelError",
+    "ModelSummary",
     "NonFiniteError",
+    "On",
+    "Profiler",
     "Result",
     "RunError",
+    "RunInfo",
     "Settings",
     "SettingsError",
     "SheerError",
@@ -51,10 +77,13 @@ __all__ = [
     "StepError",
     "TensorBoard",
     "Text",
+    "Throughput",
+    "Timer",
     "Trainer",
     "WandB",
     "__version__",
     "data",
+    "find_lr",
     "load_weights",
     "mean",
     "seed_everything",

@@ -99,7 +99,7 @@ class Console:
         """Show the metrics of a log point; those of a validation get a line that stays."""
         self._latest.update(metrics)
         shown = {name: value for name, value in metrics.items() if name != "epoch"}
-        validated = any(not name.startswith("train/") for name in shown)
+        validated = not any(name.startswith("train/") for name in shown)  # what callbacks add has names of its own
         if shown and (self._live is None or validated):
             of = f"/{self._total:,}" if self._total else ""
             values = " · ".join(f"{name} {number(value)}" for name, value in shown.items())

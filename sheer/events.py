@@ -136,6 +136,9 @@ class Averages(Protocol):
     def averages(self) -> dict[str, Tensor] | None:
         """Return the averages by the model's names, or None while there are none."""
 
+    def load_averages(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the averages back from a checkpoint: all of the model's weights by name, before `on_fit_start`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Events:

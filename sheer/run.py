@@ -138,11 +138,6 @@ class Run:
             data.load_state_dict(restored["data"])
         return functools.partial(set_random_state, restored["random"])
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the weights to use: the averages where a callback keeps some, the model's own otherwise."""
-        averages = self.averaging.averages() if self.averaging is not None else None
-        return {**tensors_of(self.model), **(averages or {})}
-
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a model's state by name; what else `get_extra_state` may add is left out."""

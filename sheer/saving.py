@@ -22,9 +22,10 @@ def save(cfg: Settings, run: Run) -> Path:
         run.watch.check()
     tensors: dict[str, Tensor] = {}
     state = encode(run.state_dict(), tensors)
-    groups = {"model": run.weights(), "state": tensors}
-    if run.averaging is not None:
-        groups["training"] = tensors_of(run.model)  # "model" holds the averages, which are what is used
+    trained, averages = tensors_of(run.model), run.averaging.averages() if run.averaging is not None else None
+    groups = {"model": {**trained, **(averages or {})}, "state": tensors}
+    if averages is not None:
+        groups["training"] = trained  # "model" holds the averages, which are what is used
     extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
     texts = {"state": state, "extra": encode(extra, tensors, "extra")}
     metrics = run.last_metrics if run.validated_at == run.progress.step else {}
@@ -56,10 +57,12 @@ def is_among_best(cfg: Settings, run: Run) -> bool:
 def restore(run: Run, path: Path, *, same_run: bool) -> None:
     """Bring a run to where a checkpoint was made. The checkpoint was verified."""
     tensors = store.read_tensors(path, "state")
-    weights = store.read_tensors(path, "training") or store.read_tensors(path, "model")
+    weights, trained = store.read_tensors(path, "model"), store.read_tensors(path, "training")
     extra = decode(store.read_text(path, "extra"), tensors)
-    load_model(run.model, {**weights, **extra}, path)
+    load_model(run.model, {**(trained or weights), **extra}, path)
     run.load_state_dict(decode(store.read_text(path, "state"), tensors), same_run=same_run)
+    if trained and run.averaging is not None:
+        run.averaging.load_averages(weights)
 
 
 def load_model(model: nn.Module, state: dict[str, Any], source: Path, *, strict: bool = True) -> None:
