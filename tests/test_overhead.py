@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import traceback
@@ -14,9 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
+import sheer
 from sheer.data import GlobalSampler
 from tests.task import trainer
 
@@ -80,10 +84,39 @@ def hand_written(calls: Calls) -> None:
             losses.append((loss.detach(), len(batch[0])))
 
 
-def sheers(calls: Calls, **settings: Any) -> None:
+def hand_written_with_everything(calls: Calls) -> None:
+    """The loop with autocast, clipping, a schedule, EMA, a transfer, and losses kept for a log."""
+    net, optimizer = network()
+    scheduler = OneCycleLR(optimizer, max_lr=1e-3, total_steps=200)
+    step, samples = counted_step(calls), data()
+    parameters = list(net.parameters())
+    averages = [parameter.detach().clone() for parameter in parameters]
+    average = get_ema_multi_avg_fn(0.999)
+    sampler = GlobalSampler(samples, seed=0)
+    losses, norms = [], []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for x, y in DataLoader(samples, batch_size=32, sampler=sampler):
+            x, y = x.to("cpu", non_blocking=True), y.to("cpu", non_blocking=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = step(net, (x, y))
+            loss.backward()
+            norms.append(nn.utils.clip_grad_norm_(parameters, 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            average(averages, parameters, 0)
+            losses.append((loss.detach(), len(x)))
+
+
+def sheers(calls: Calls, schedule: bool = False, **settings: Any) -> None:
     net, optimizer = network()
     trainer(max_steps=150, log_every_n_steps=1000, checkpoint=True, **settings).fit(
-        net, counted_step(calls), DataLoader(data(), batch_size=32, shuffle=True), optimizer=optimizer
+        net,
+        counted_step(calls),
+        DataLoader(data(), batch_size=32, shuffle=True),
+        optimizer=optimizer,
+        scheduler=OneCycleLR(optimizer, max_lr=1e-3, total_steps=200) if schedule else None,
     )
 
 
@@ -98,6 +131,20 @@ def test_python_calls_a_step_with_the_defaults() -> None:
     plain, ours = Calls(), Calls()
     hand_written(plain)
     sheers(ours)
+    assert ours.per_step - plain.per_step <= CALLS_ALLOWED, differences(ours, plain)
+
+
+def test_python_calls_a_step_with_everything_on() -> None:
+    plain, ours = Calls(), Calls()
+    hand_written_with_everything(plain)
+    sheers(
+        ours,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        callbacks=[sheer.EMA(0.999), sheer.LearningRateMonitor()],
+        loggers=[sheer.Console(live=True, file=io.StringIO())],
+        schedule=True,
+    )
     assert ours.per_step - plain.per_step <= CALLS_ALLOWED, differences(ours, plain)
 
 
