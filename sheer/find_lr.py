@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,6 +21,7 @@ from sheer.errors import SettingsError
 from sheer.events import RunInfo
 from sheer.loop import fit
 from sheer.random import random_state, set_random_state
+from sheer.schedules import set_rate
 from sheer.settings import Settings, expanded
 from sheer.start import Plugins
 from sheer.step import Step
@@ -68,7 +68,7 @@ def find_lr(
 
     It is a run of `fit` with a callback that sets the rate, so precision, clipping and accumulation are those of training. It
     stops early where the loss is NaN or has grown to four times its lowest. Afterwards the model, the optimizer and the random
-    states are as they were; the model is on the device. A loader that has a state of its own has moved on.
+    states are as they were; the model is on the device, not compiled. A loader that has a state of its own has moved on.
 
     Args:
         model: the module, trained in place and then restored.
@@ -114,6 +114,7 @@ def sweep_settings(settings: Settings, steps: int) -> Settings:
         dataclasses.replace(
             settings,
             fast_dev_run=steps,
+            compile=False,  # it would stay in the model
             resume=None,
             run_dir=None,
             monitor=None,
@@ -143,9 +144,8 @@ class _Sweep:
 
     def on_step_start(self, step: int, model: nn.Module, batch: Any) -> None:
         self.lrs.append(self.min_lr * self.ratio ** (step - 1))
-        for group, share in zip(self._groups, self._shares, strict=True):
-            rate = self.lrs[-1] * share
-            group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else rate
+        for group, relative in zip(self._groups, self._shares, strict=True):
+            set_rate(group, self.lrs[-1] * relative)
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.losses.append(metrics["train/loss"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -68,3 +70,11 @@ def _check(warmup_steps: int, final_factor: float) -> None:
         raise SettingsError(f"warmup_steps must be at least 0, not {warmup_steps}.")
     if not 0.0 <= final_factor <= 1.0:
         raise SettingsError(f"final_factor is a share of the rate, from 0 to 1, not {final_factor}.")
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the learning rate of a parameter group; one that is a tensor stays the same tensor, which a captured graph may read."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

@@ -91,6 +91,16 @@ def test_groups_keep_their_ratios_and_the_optimizer_can_be_a_function() -> None:
     assert seen == pytest.approx([5.0] * 5)
 
 
+def test_a_rate_that_is_a_tensor_stays_one() -> None:
+    net = nn.Linear(6, 1)
+    optimizer = AdamW(net.parameters(), lr=torch.tensor(0.5))
+    seen: list[Any] = []
+    optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    sheer.find_lr(net, loss_step, loader(), optimizer, min_lr=0.001, max_lr=0.01, steps=5)
+    assert all(rate is seen[0] for rate in seen) and seen[0].item() == pytest.approx(0.01)
+    assert optimizer.param_groups[0]["lr"].item() == 0.5
+
+
 def test_a_loss_that_never_falls_suggests_nothing() -> None:
     net = nn.Linear(6, 1)
     finding = sheer.find_lr(

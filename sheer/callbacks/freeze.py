@@ -18,7 +18,7 @@ class Freeze:
     """Freezes parameters by their names, and lets them train after a number of steps or epochs.
 
     The optimizer holds the parameters from the beginning, as it holds all others; while they are frozen they have no gradient, and
-    it leaves them alone, weight decay included. Several of these callbacks unfreeze a model part by part.
+    it leaves them alone, weight decay included. After the run all can be trained, as before it. Several of these callbacks unfreeze a model part by part.
 
     Args:
         patterns: names of modules or parameters, with the wildcards of `fnmatch`: "encoder", "layers.[0-3]", "*.bias". A module's
@@ -85,6 +85,10 @@ class Freeze:
         if self._frozen and self.until_step is not None and step > self.until_step:
             self._freeze(False)
 
+    def on_fit_end(self, step: int, model: nn.Module) -> None:
+        """Leave the model as it was found."""
+        self._freeze(False)
+
     def state_dict(self) -> dict[str, Any]:
         """Return whether the parameters are frozen."""
         return {"frozen": self._frozen}
@@ -96,7 +100,7 @@ class Freeze:
     def _fits(self, name: str) -> bool:
         """Whether a pattern fits a name, or that of a module around it."""
         parts = name.split(".")
-        around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+        around = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
         return any(fnmatchcase(outer, pattern) for outer in around for pattern in self.patterns)
 
     def _freeze(self, frozen: bool) -> None:

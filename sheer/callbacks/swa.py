@@ -19,6 +19,7 @@ from sheer.data.batch import move
 from sheer.errors import SettingsError, SheerWarning
 from sheer.events import RunInfo
 from sheer.random import random_state, seed_everything, set_random_state
+from sheer.schedules import set_rate
 
 
 class SWA:
@@ -106,8 +107,8 @@ class SWA:
                 "SWA counts in epochs, and the steps of an epoch are not known. Give start_step and every_n_steps."
             )
         epoch = steps_per_epoch or 0
-        start = self.start_step if self.start_step is not None else (self.start_epoch or 0) * epoch
-        return start, self.every_n_steps or epoch
+        before = self.start_step if self.start_step is not None else (self.start_epoch or 0) * epoch
+        return before, self.every_n_steps or epoch
 
     def _find_norms(self, model: nn.Module) -> None:
         self._model, self._stale = model, False
@@ -139,7 +140,7 @@ class SWA:
         part = min(1.0, (step - self._start) / self.anneal_steps) if self.anneal_steps else 1.0
         weight = (1 - math.cos(math.pi * part)) / 2
         for group, initial in zip(self._groups, self._initial_lrs, strict=True):
-            group["lr"] = initial + (self.lr - initial) * weight if part < 1.0 else self.lr
+            set_rate(group, initial + (self.lr - initial) * weight if part < 1.0 else self.lr)
 
     def on_step_end(self, step: int, model: nn.Module) -> None:
         """Average the weights, all optimizers having changed them."""

@@ -116,11 +116,11 @@ class Throughput:
         """Return the speed since the last log point."""
         self._stop_counting()
         now = time.perf_counter()
-        steps = step - self._step
-        if self._since is None or steps == 0:
+        taken = step - self._step
+        if self._since is None or taken == 0:
             return None
         passed = now - self._since - self._left_out
-        logged = {"steps_per_second": steps / passed}
+        logged = {"steps_per_second": taken / passed}
         if self._samples:
             logged["samples_per_second"] = self._samples / passed
         if self._counts:

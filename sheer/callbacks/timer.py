@@ -50,9 +50,10 @@ class Timer:
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float] | None:
         """Return the seconds."""
+        total = self._total()
         return {
-            "time/total": self._total(),
-            "time/train": self._total() - self._validation - self._saving,
+            "time/total": total,
+            "time/train": total - self._validation - self._saving,
             "time/validation": self._validation,
             "time/saving": self._saving,
         }

@@ -87,6 +87,19 @@ def test_test_uses_the_averages_and_leaves_the_trained_weights() -> None:
     assert_same(other.state_dict(), net.state_dict())
 
 
+def test_an_evaluation_within_a_prediction_is_of_the_averages_too_and_another_model_is_left_alone() -> None:
+    ema = sheer.EMA(0.5)
+    net, other, held = model(), model(), loader(32, shuffle=False)
+    made = trainer(callbacks=[ema])
+    made.fit(net, step, loader(), optimizer=AdamW(net.parameters(), lr=1e-2))
+    trained = {name: value.clone() for name, value in net.state_dict().items()}
+    expected = made.test(net, step, held)
+    for _ in made.predict(net, step, held):
+        assert made.test(net, step, held) == expected
+        assert made.test(other, step, held) == trainer().test(other, step, held)
+    assert_same(net.state_dict(), trained)
+
+
 def test_no_storage_of_the_model_is_replaced() -> None:
     net = model()
     places = [p.data_ptr() for p in net.parameters()]

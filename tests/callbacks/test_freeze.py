@@ -57,11 +57,16 @@ def test_patterns_name_modules_with_all_in_them_and_parameters() -> None:
         return loss_step(nn.Sequential(net["encoder"], net["head"]), batch)
 
     def frozen(patterns: Any) -> list[str]:
-        net.requires_grad_(True)
-        trainer(callbacks=[sheer.Freeze(patterns)], max_steps=1, max_epochs=None).fit(
+        names: list[str] = []
+
+        def look(step: int, model: nn.Module) -> None:
+            names.extend(name for name, p in model.named_parameters() if not p.requires_grad)
+
+        trainer(callbacks=[sheer.Freeze(patterns), sheer.On(update=look)], max_steps=1, max_epochs=None).fit(
             net, loss, loader(), optimizer=AdamW(net.parameters())
         )
-        return [name for name, p in net.named_parameters() if not p.requires_grad]
+        assert all(p.requires_grad for p in net.parameters())
+        return names
 
     assert frozen("encoder") == ["encoder.0.weight", "encoder.0.bias", "encoder.1.weight", "encoder.1.bias"]
     assert frozen("encoder.[1-9]") == ["encoder.1.weight", "encoder.1.bias"]
