@@ -1,0 +1,172 @@
+"""What only a GPU can show: run by hand with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import sheer
+from sheer.data.batch import StepBatch
+from sheer.data.feed import copied_ahead
+from tests.task import assert_same, dataset, loader, loss_step, model, plain_loader, step, trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_fit_equals_the_hand_written_loop(workers: int, mixed: bool) -> None:
+    net = model().cuda()
+    optimizer = optimizer_of(net)
+    torch.manual_seed(0)
+    batches, sampler = plain_loader()
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        for batch in batches:
+            with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+                loss = loss_step(net, tuple(part.cuda() for part in batch))
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    other = model()
+    torch.manual_seed(0)
+    trainer(precision="bf16-mixed" if mixed else "32-true", gradient_clip_val=0.5).fit(
+        other, step, loader(num_workers=workers), optimizer=lambda m: optimizer_of(m)
+    )
+    assert next(other.parameters()).is_cuda
+    assert_same(other.state_dict(), net.state_dict())
+
+
+def test_16_mixed_trains() -> None:
+    net = model()
+    result = trainer(precision="16-mixed", max_epochs=5, gradient_clip_val=1.0).fit(
+        net, step, loader(), loader(50), optimizer=lambda m: optimizer_of(m)
+    )
+    assert result.metrics["val/loss"] < 6
+
+
+class Watching:
+    """Lets any wait for the device be an error between two steps."""
+
+    def on_step_start(self, step: int, model: nn.Module, batch: Any) -> None:
+        if step == 5:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, step: int, model: nn.Module) -> None:
+        if step == 40:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_waits_for_the_device_between_log_points(workers: int) -> None:
+    net = model()
+    try:
+        trainer(
+            max_steps=50,
+            log_every_n_steps=50,
+            precision="bf16-mixed",
+            gradient_clip_val=1.0,
+            checkpoint=True,
+            callbacks=[Watching(), sheer.EMA(), sheer.LearningRateMonitor(), sheer.Throughput(), sheer.GradientNorm()],
+        ).fit(
+            net,
+            step,
+            loader(num_workers=workers, samples=1000),
+            optimizer=lambda m: optimizer_of(m),
+            scheduler=sheer.warmup_cosine(5),
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_mean_over_micro_batches_waits_for_nothing() -> None:
+    def masked(net: nn.Module, batch: Any) -> sheer.Mean:
+        return sheer.mean((net(batch[0]) - batch[1]) ** 2, mask=batch[1] > 0)
+
+    net = model()
+    try:
+        trainer(max_steps=50, log_every_n_steps=50, micro_batch_size=4, callbacks=[Watching()]).fit(
+            net, masked, loader(samples=1000), optimizer=lambda m: optimizer_of(m)
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_run_resumes_exactly(tmp_path: Path) -> None:
+    def train(folder: str, steps: int) -> dict[str, Any]:
+        sheer.seed_everything(0)
+        net = model()
+        trainer(max_steps=steps, run_dir=folder, resume="auto", checkpoint=True, precision="bf16-mixed").fit(
+            net, step, loader(), optimizer=lambda m: optimizer_of(m)
+        )
+        return copy.deepcopy(net.state_dict())
+
+    whole = train("whole", 20)
+    train("stopped", 11)
+    assert_same(train("stopped", 20), whole)
+
+
+def test_batches_that_are_copied_ahead_are_whole() -> None:
+    """Each copy is used while the next is on its way; memory that is given back is not overwritten too early."""
+    device = torch.device("cuda")
+    sources = [torch.full((1 << 20,), float(number)) for number in range(50)]
+    sums = []
+    for batch in copied_ahead(iter([StepBatch([(source, 1)]) for source in sources]), device, None):
+        ((values, _),) = batch
+        for _ in range(20):
+            values = values * 1.0
+        sums.append(values.mean())
+        del values
+    assert [value.item() for value in sums] == [float(number) for number in range(50)]
+
+
+def test_rebuilt_loaders_pin_their_memory() -> None:
+    from sheer.data.source import GlobalOrderSource
+
+    source = GlobalOrderSource(DataLoader(dataset(), batch_size=4), seed=0, device=torch.device("cuda"))
+    assert source.loader.pin_memory
+
+
+def test_memory_is_that_of_the_hand_written_loop() -> None:
+    def net_of() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(512, 4096), nn.ReLU(), nn.Linear(4096, 512))
+
+    x = torch.randn(4096, 512)
+    batches = [(x, x)] * 6
+
+    def peak(train: Any) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train()
+        return torch.cuda.max_memory_allocated() - before
+
+    def plain() -> None:
+        net = net_of().cuda()
+        optimizer = optimizer_of(net)
+        for a, b in batches:
+            F.mse_loss(net(a.cuda()), b.cuda()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def ours() -> None:
+        net = net_of()
+        trainer(max_steps=6).fit(net, loss_step, batches, optimizer=lambda m: optimizer_of(m))
+
+    plain()
+    one_batch = 2 * x.numel() * 4
+    assert peak(ours) <= 1.001 * peak(plain) + one_batch
