@@ -125,7 +125,8 @@ def counted(loader: Iterable[Any], limit: int | float | None = None) -> Iterator
     Raises:
         DataError: the loader gave no batch, or fewer than it said.
     """
-    most = limited(sized(loader), limit)
+    length = sized(loader)
+    most = None if limit is None else limited(length, limit)  # a length that says too little cuts nothing off
     size, samples = _known_samples(loader)
     given = 0
     for batch in itertools.islice(loader, most):
@@ -134,13 +135,14 @@ def counted(loader: Iterable[Any], limit: int | float | None = None) -> Iterator
             yield batch, count_samples(batch)
         else:
             yield batch, min(size, samples - (given - 1) * size)
-    if given == 0 and most != 0:
+    if given == 0 and limit != 0:
         raise DataError(
             f"The loader to evaluate on ({type(loader).__name__}) gave no batch. It is empty, or can be iterated only once."
         )
-    if most is not None and given < most:
+    expected = length if most is None else most
+    if expected is not None and given < expected:
         raise DataError(
-            f"The loader to evaluate on ended after {given} of {most} batches. Either its __len__ is wrong, or a StopIteration was raised "
+            f"The loader to evaluate on ended after {given} of {expected} batches. Either its __len__ is wrong, or a StopIteration was raised "
             "in the dataset or collate_fn, which ends the iteration silently."
         )
 
