@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,16 @@ def evaluate(
     with eval_mode(model, events):
         for loader_name, loader in named_loaders(evaluation.loaders):
             metrics = Metrics()
-            for batch, samples in counted(loader, evaluation.limit):
-                batch = compute.prepared(batch)
-                with torch.no_grad(), compute.autocast:
-                    output = (
-                        evaluation.step(model, batch, step) if evaluation.numbered else evaluation.step(model, batch)
-                    )
-                metrics.add(output, samples)
+            with closing(counted(loader, evaluation.limit)) as batches:  # on an error too, so that workers end now
+                for batch, samples in batches:
+                    batch = compute.prepared(batch)
+                    with torch.no_grad(), compute.autocast:
+                        output = (
+                            evaluation.step(model, batch, step)
+                            if evaluation.numbered
+                            else evaluation.step(model, batch)
+                        )
+                    metrics.add(output, samples)
             prefix = f"{evaluation.prefix}/{loader_name}"
             means.update({prefix + name: value for name, value in metrics.read().items()})
             media.update({prefix + name: value for name, value in metrics.take_media().items()})
@@ -119,7 +122,7 @@ def named_loaders(loaders: Any) -> list[tuple[str, Any]]:
     return [("", loaders)]
 
 
-def counted(loader: Iterable[Any], limit: int | float | None = None) -> Iterator[tuple[Any, int]]:
+def counted(loader: Iterable[Any], limit: int | float | None = None) -> Generator[tuple[Any, int], None, None]:
     """Yield each batch with its number of samples: known from the order, or the leading dimension of its first tensor.
 
     Raises:

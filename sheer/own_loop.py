@@ -126,7 +126,7 @@ class Loop:
         """Add the gradients of a step's loss to what the parameters hold; returns what the step returned."""
         run = self._run
         parts = batch if isinstance(batch, StepBatch) else StepBatch([(batch, count_samples(batch))])
-        run.numbered |= {step} if takes_step_number(step) else set()
+        run.numbered |= {step} if takes_step_number(step, model=run.model) else set()
         name = next((name for name, own in run.optimizers.items() if own is optimizer), None)
         prefix = f"{name}/" if name is not None and len(run.optimizers) > 1 else ""
         held = (

@@ -96,7 +96,7 @@ def load_model(model: nn.Module, state: dict[str, Any], source: Path, *, strict:
         RunError: names or shapes differ, and `strict`; all of them are listed.
     """
     own = model.state_dict()
-    missing, more = [name for name in own if name not in state], [name for name in state if name not in own]
+    missing, more = [name for name in own if name not in state], sorted(name for name in state if name not in own)
     shapes = [
         f"{name} is {list(value.shape)} here and {list(state[name].shape)} there"
         for name, value in own.items()

@@ -95,9 +95,9 @@ def start(
     Raises:
         SettingsError, ModelError, RunError: something does not fit; the message says what, and what to do.
     """
-    check_start(cfg, plugins, model)
     events = events_of(plugins.callbacks)
     check_loggers(plugins.loggers)
+    check_start(cfg, plugins, model)
     hparams = as_mapping(plugins.hparams)
     compute = make_compute(cfg.precision, resolve_device(cfg.device))
     set_backends(cfg)
