@@ -52,7 +52,7 @@ def place_model(model: nn.Module, compute: Compute) -> None:
     model.to(device=compute.device, dtype=compute.dtype)
 
 
-def takes_step_number(step: Callable[..., Any], name: str = "step") -> bool:
+def takes_step_number(step: Callable[..., Any], name: str = "step", model: nn.Module | None = None) -> bool:
     """Whether a step function is to be given the number of the step: it has a third parameter, and its name is `step`.
 
     Raises:
@@ -65,6 +65,11 @@ def takes_step_number(step: Callable[..., Any], name: str = "step") -> bool:
         )
     if not callable(step):
         raise StepError(f"{name} must be a function of (model, batch), not {step!r}.")
+    if model is not None and getattr(step, "__self__", None) is model:
+        method = getattr(step, "__qualname__", "the method")
+        raise StepError(
+            f"{name} is a method of the model itself, so its `self` is taken and the model would be its batch. Pass it unbound, as {method}."
+        )
     try:
         parameters = list(inspect.signature(step).parameters.values())
     except ValueError:  # built in, so it does not tell
@@ -96,12 +101,28 @@ def build_optimizer(model: nn.Module, optimizer: Optimizer | Callable[[nn.Module
             f"optimizer is the class {optimizer.__name__}. Give an object, or a function such as lambda model: {optimizer.__name__}(model.parameters(), lr=...)."
         )
     if not isinstance(optimizer, Optimizer) and callable(optimizer):
+        check_arguments(optimizer, "optimizer", ("model",))
         built = optimizer(model)
     if not isinstance(built, Optimizer):
         raise ModelError(
             f"optimizer must be a torch.optim.Optimizer or a function of the model that returns one, not a {type(built).__name__}."
         )
     return built
+
+
+def check_arguments(function: Callable[..., Any], name: str, arguments: tuple[str, ...]) -> None:
+    """Raise `ModelError` if a function cannot be called with as many arguments."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # built in, so it does not tell
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        own = getattr(function, "__qualname__", type(function).__name__)
+        raise ModelError(
+            f"{name} is called as {name}({', '.join(arguments)}), and {own}{signature} cannot be. Write lambda {', '.join(arguments)}: ..."
+        ) from error
 
 
 def check_parameters(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[Optimizer, list[nn.Parameter]]:
@@ -163,6 +184,7 @@ def build_scheduler(scheduler: Any, optimizer: Optimizer, total_steps: int | Non
                 "The scheduler is a function of the total number of steps, and that is not known: the loader has no length, or only max_time "
                 "is given. Give max_steps, or a scheduler object."
             )
+        check_arguments(scheduler, "scheduler", ("optimizer", "total_steps"))
         built = scheduler(optimizer, total_steps)
     if not (hasattr(built, "step") and hasattr(built, "state_dict") and hasattr(built, "load_state_dict")):
         raise ModelError(

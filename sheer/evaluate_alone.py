@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from sheer.build import make_compute, place_model, resolve_device, takes_step_number
+from sheer.data.source import check_loader
 from sheer.errors import RunError
-from sheer.evaluation import Compute, Evaluation, evaluate, predict
+from sheer.evaluation import Compute, Evaluation, evaluate, named_loaders, predict
 from sheer.events import Events, events_of
 from sheer.saving import load_weights
 from sheer.settings import Settings
@@ -30,8 +32,11 @@ def evaluate_alone(
     limit: int | float | None,
 ) -> dict[str, float]:
     """Return the metrics of `step` over a loader."""
+    numbered = takes_step_number(step, model=model)
+    for _, part in named_loaders(loader):
+        check_loader(part, "The loader to evaluate on", passes=1)
     compute, events = prepare(cfg, plugins, model, checkpoint, run_dir)
-    evaluation = Evaluation(step, loader, prefix, limit, takes_step_number(step))
+    evaluation = Evaluation(step, loader, prefix, limit, numbered)
     return evaluate(model, evaluation, compute, events, 0)[0]
 
 
@@ -46,8 +51,10 @@ def predict_alone(
     limit: int | float | None,
 ) -> Iterator[Any]:
     """Return an iterator over what `step` returns for each batch."""
+    if takes_step_number(step, model=model):
+        step = functools.partial(step, step=0)
+    check_loader(loader, "The loader to predict on", passes=1)
     compute, events = prepare(cfg, plugins, model, checkpoint, run_dir)
-    takes_step_number(step)
     return predict(model, step, loader, compute, events, limit)
 
 

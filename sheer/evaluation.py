@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,16 @@ def evaluate(
     with eval_mode(model, events):
         for loader_name, loader in named_loaders(evaluation.loaders):
             metrics = Metrics()
-            for batch, samples in counted(loader, evaluation.limit):
-                batch = compute.prepared(batch)
-                with torch.no_grad(), compute.autocast:
-                    output = (
-                        evaluation.step(model, batch, step) if evaluation.numbered else evaluation.step(model, batch)
-                    )
-                metrics.add(output, samples)
+            with closing(counted(loader, evaluation.limit)) as batches:  # on an error too, so that workers end now
+                for batch, samples in batches:
+                    batch = compute.prepared(batch)
+                    with torch.no_grad(), compute.autocast:
+                        output = (
+                            evaluation.step(model, batch, step)
+                            if evaluation.numbered
+                            else evaluation.step(model, batch)
+                        )
+                    metrics.add(output, samples)
             prefix = f"{evaluation.prefix}/{loader_name}"
             means.update({prefix + name: value for name, value in metrics.read().items()})
             media.update({prefix + name: value for name, value in metrics.take_media().items()})
@@ -119,13 +122,14 @@ def named_loaders(loaders: Any) -> list[tuple[str, Any]]:
     return [("", loaders)]
 
 
-def counted(loader: Iterable[Any], limit: int | float | None = None) -> Iterator[tuple[Any, int]]:
+def counted(loader: Iterable[Any], limit: int | float | None = None) -> Generator[tuple[Any, int], None, None]:
     """Yield each batch with its number of samples: known from the order, or the leading dimension of its first tensor.
 
     Raises:
         DataError: the loader gave no batch, or fewer than it said.
     """
-    most = limited(sized(loader), limit)
+    length = sized(loader)
+    most = None if limit is None else limited(length, limit)  # a length that says too little cuts nothing off
     size, samples = _known_samples(loader)
     given = 0
     for batch in itertools.islice(loader, most):
@@ -134,13 +138,14 @@ def counted(loader: Iterable[Any], limit: int | float | None = None) -> Iterator
             yield batch, count_samples(batch)
         else:
             yield batch, min(size, samples - (given - 1) * size)
-    if given == 0 and most != 0:
+    if given == 0 and limit != 0:
         raise DataError(
             f"The loader to evaluate on ({type(loader).__name__}) gave no batch. It is empty, or can be iterated only once."
         )
-    if most is not None and given < most:
+    expected = length if most is None else most
+    if expected is not None and given < expected:
         raise DataError(
-            f"The loader to evaluate on ended after {given} of {most} batches. Either its __len__ is wrong, or a StopIteration was raised "
+            f"The loader to evaluate on ended after {given} of {expected} batches. Either its __len__ is wrong, or a StopIteration was raised "
             "in the dataset or collate_fn, which ends the iteration silently."
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -161,14 +162,27 @@ class Events:
 
 
 EVENTS = tuple(f"on_{field.name}" for field in fields(Events))
+ARGUMENTS = {
+    name: tuple(inspect.signature(getattr(protocol, name)).parameters)[1:]
+    for name, protocol in zip(
+        EVENTS,
+        (
+            OnFitStart, OnEpochStart, OnStepStart, OnGradients, OnUpdate, OnLog, OnEvaluationStart, OnEvaluationEnd,
+            OnValidationEnd, OnStepEnd, OnEpochEnd, OnSave, OnFitEnd, OnException,
+        ),
+        strict=True,
+    )
+}  # fmt: skip
 
 
 def events_of(callbacks: Sequence[object]) -> Events:
     """Sort callbacks by the events they have.
 
     Raises:
-        SettingsError: an object has none of the events, or a method that looks like one and is not.
+        SettingsError: an object has none of the events, or a method that looks like one and is not, or takes other arguments.
     """
+    if not isinstance(callbacks, Iterable):
+        raise SettingsError(f"callbacks must be a list, not a {type(callbacks).__name__}: callbacks=[...].")
     for callback in callbacks:
         _check(callback)
     by_event: dict[str, Any] = {
@@ -187,11 +201,22 @@ def _check(callback: object) -> None:
             near = difflib.get_close_matches(name, EVENTS, n=1)
             advice = f"Did you mean {near[0]}?" if near else f"The events are {', '.join(EVENTS)}."
             raise SettingsError(f"{type(callback).__name__}.{name} is no event, so it would never be called. {advice}")
+        _check_arguments(callback, name)
     if not methods:
         hint = " To use a function, name its event: sheer.On(step_end=function)." if callable(callback) else ""
         raise SettingsError(
             f"{type(callback).__name__} has no event, so it would do nothing. The events are {', '.join(EVENTS)}.{hint}"
         )
+
+
+def _check_arguments(callback: object, name: str) -> None:
+    signature = inspect.signature(getattr(callback, name))
+    try:
+        signature.bind(*ARGUMENTS[name])
+    except TypeError as error:
+        raise SettingsError(
+            f"{type(callback).__name__}.{name} is called with ({', '.join(ARGUMENTS[name])}), and it takes {signature}."
+        ) from error
 
 
 def named(callbacks: Iterable[object]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from sheer.settings import Settings
 from sheer.signals import is_signal
 from sheer.start import (
     Plugins,
+    check_monitor,
     duration_over,
     evaluation_of,
     numbered,
@@ -46,9 +47,10 @@ def fit(
 ) -> Result:
     """Train until a duration is over, a callback stops the run, or a signal does."""
     train = training_data(cfg, train_loader, resume_by_skipping=resume_by_skipping)
-    validation = evaluation_of(cfg, eval_step, val_loader)
-    run = start(cfg, plugins, model, {"optimizer": optimizer}, {"optimizer": scheduler}, train, numbered(step))
-    refuse_unfollowed(cfg, run, validation)
+    validation = evaluation_of(cfg, model, eval_step, val_loader)
+    refuse_unfollowed(cfg, validation, scheduler)
+    optimizers, schedulers = {"optimizer": optimizer}, {"optimizer": scheduler}
+    run = start(cfg, plugins, model, optimizers, schedulers, train, numbered(model, step))
     progress, optimizer, scheduler = (
         run.progress,
         run.optimizers["optimizer"],
@@ -56,9 +58,10 @@ def fit(
     )
     if progress.stopped_by is not None:
         return result(run)
+    restore_random = run.open_data(train)
     with Session(run) as session:
         begin(cfg, run, validation)
-        for batch in train.steps(progress, run.open_data(train)):
+        for batch in train.steps(progress, restore_random):
             progress.step, run.batch = progress.step + 1, batch
             for callback in run.events.step_start:
                 callback.on_step_start(progress.step, model, batch)
@@ -197,6 +200,7 @@ def validate(cfg: Settings, run: Run, validation: Evaluation) -> str | None:
     set_aside = run.metrics.set_aside()
     metrics, media = evaluate(run.model, validation, run.compute, run.events, run.progress.step)
     run.metrics.put_back(set_aside)
+    check_monitor(cfg, metrics)
     run.last_metrics, run.validated_at = metrics, run.progress.step
     report(run, metrics)
     run.loggers.log_media(run.progress.step, media)

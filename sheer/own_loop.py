@@ -34,6 +34,10 @@ def start_loop(
         raise SettingsError(
             'optimizers must name each optimizer, as {"adam": optimizer}: the names are those their states are saved under.'
         )
+    if not isinstance(schedulers, Mapping):
+        raise SettingsError(
+            f'schedulers must name each by its optimizer, as {{"{next(iter(optimizers))}": scheduler}}, not be a {type(schedulers).__name__}.'
+        )
     for name in schedulers:
         if name not in optimizers:
             raise unknown_name(name, optimizers, "optimizers, which schedulers refers to,")
@@ -122,7 +126,7 @@ class Loop:
         """Add the gradients of a step's loss to what the parameters hold; returns what the step returned."""
         run = self._run
         parts = batch if isinstance(batch, StepBatch) else StepBatch([(batch, count_samples(batch))])
-        run.numbered |= {step} if takes_step_number(step) else set()
+        run.numbered |= {step} if takes_step_number(step, model=run.model) else set()
         name = next((name for name, own in run.optimizers.items() if own is optimizer), None)
         prefix = f"{name}/" if name is not None and len(run.optimizers) > 1 else ""
         held = (
@@ -149,7 +153,7 @@ class Loop:
     def evaluate(self, step: Step, loader: Any) -> dict[str, float]:
         """Validate: run the step over all batches, log `val/<name>`, tell the callbacks, and let the best checkpoint be kept."""
         run = self._run
-        evaluation = evaluation_of(self._cfg, step, loader)
+        evaluation = evaluation_of(self._cfg, run.model, step, loader)
         if evaluation is None:
             return {}
         run.progress.stopped_by = validate(self._cfg, run, evaluation) or run.progress.stopped_by

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from sheer.checkpoint.optimizer import NamedOptimizer
 from sheer.console import Console
 from sheer.data.feed import TrainingData
+from sheer.errors import RunError, SheerWarning
 from sheer.evaluation import Compute
 from sheer.events import Events, RunInfo
 from sheer.loggers.base import Loggers
@@ -57,6 +59,7 @@ class Run:
     loggers: Loggers
     console: Console
     info: RunInfo
+    record: dict[str, Any]  # what `run.json` is to hold
     total_steps: int | None
     data: TrainingData | None = None
     scale: float = 1.0  # the scaler's factor after the last step; 1 without one
@@ -94,6 +97,7 @@ class Run:
             "schedulers": {
                 name: scheduler.state_dict() for name, scheduler in (self.schedulers | self.plateaus).items()
             },
+            "scheduler_classes": self._scheduler_classes(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "metrics": self.metrics.state_dict(),
             "last_metrics": self.last_metrics,
@@ -111,6 +115,19 @@ class Run:
             state: what was saved.
             same_run: whether it is this very run that goes on, so that its loggers go on where they were.
         """
+        if state["scheduler_classes"] != self._scheduler_classes():
+            before, now = state["scheduler_classes"] or "none", self._scheduler_classes() or "none"
+            raise RunError(
+                f"The schedulers that were saved are {before}, and these are {now}. Build the same, or start a new run and take the weights "
+                "with sheer.load_weights."
+            )
+        gone = [name for name in state["callbacks"] if name not in self.callbacks]
+        if gone:
+            warnings.warn(
+                f"The checkpoint holds the state of {', '.join(gone)}, and there is no such callback now: it is dropped.",
+                SheerWarning,
+                stacklevel=2,
+            )
         self.progress.load_state_dict(state["progress"])
         for name, scheduler in (self.schedulers | self.plateaus).items():
             scheduler.load_state_dict(state["schedulers"][name])
@@ -127,6 +144,9 @@ class Run:
         if same_run:
             self.loggers.load_state_dict(state["loggers"])
         self.restored = {"random": state["random"], "data": state["data"]}
+
+    def _scheduler_classes(self) -> dict[str, str]:
+        return {name: type(scheduler).__name__ for name, scheduler in (self.schedulers | self.plateaus).items()}
 
     def open_data(self, data: TrainingData) -> Callable[[], None] | None:
         """Make `data` the run's; return what puts the random states back, if a checkpoint was restored."""

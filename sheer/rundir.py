@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sheer.errors import RunError
+from sheer.errors import RunError, SettingsError
 from sheer.settings import Settings
 from sheer.version import __version__
 
@@ -37,7 +37,22 @@ def choose_run_dir(cfg: Settings) -> Path:
     folder = Path("runs") / script().stem
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     candidates = itertools.chain([folder / now], (folder / f"{now}-{number}" for number in itertools.count(2)))
-    return next(path for path in candidates if not path.exists())
+    return next(path for path in candidates if was_made(path))
+
+
+def was_made(path: Path) -> bool:
+    """Make a folder; False where it was there: another run of the script began in the same second.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise RunError(f"The run directory {path} cannot be made: {error.strerror}. Set run_dir.") from error
+    return True
 
 
 def script() -> Path:
@@ -46,19 +61,19 @@ def script() -> Path:
     return Path(main) if main else Path("interactive")
 
 
-def open_run_dir(path: Path, cfg: Settings, hparams: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Make the folder of a run, or open that of one that goes on, and return its `run.json`.
+def run_record(path: Path, cfg: Settings, hparams: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return the `run.json` of a new run, or that of the run in `path` that goes on, with this start added. Nothing is written.
 
     Raises:
-        RunError: the folder holds a run and `resume` is not set; or what may not differ differs; or it cannot be written.
+        RunError: the folder holds a run and `resume` is not set; or what may not differ differs; or it is no folder.
     """
     file = path / "run.json"
-    if file.exists() and cfg.resume is None:
-        raise RunError(
-            f'{path} already holds a run. To go on with it, set resume="auto"; to start another, give another run_dir (or delete that folder).'
-        )
+    if path.exists() and not path.is_dir():
+        raise RunError(f"run_dir={str(path)!r} is a file, and the run needs a folder. Give another run_dir.")
+    if file.exists() and cfg.resume != "auto":
+        raise holds_a_run(path)
     settings = dataclasses.asdict(cfg)
-    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() and cfg.resume == "auto" else {}
+    record: dict[str, Any] = read_record(file) if file.exists() else {}
     if record:
         refuse_differences(path, record["settings"], settings)
     else:
@@ -70,16 +85,72 @@ def open_run_dir(path: Path, cfg: Settings, hparams: Mapping[str, Any], seed: in
             "sessions": [],
         }
     record["sessions"].append(session())
+    return record
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Read a `run.json`.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+        record["id"], record["seed"], record["settings"], record["sessions"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{file} is damaged: {type(error).__name__}: {error}. To go on from its checkpoints in a new folder, set "
+            f'resume="{file.parent}" and another run_dir.'
+        ) from error
+    return record
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write `run.json`, and make the folder if it is not there. Of two runs that start in one folder at once, one is refused.
+
+    Raises:
+        RunError: it cannot be written, or a run was begun there meanwhile; nothing is left behind.
+    """
+    file, temporary = path / "run.json", path / f".run.json.{os.getpid()}"
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        temporary = path / f".run.json.{os.getpid()}"
+        if is_new(record):
+            file.touch(exist_ok=False)
         temporary.write_text(json.dumps(record, indent=1))
         temporary.replace(file)
     except OSError as error:
+        if isinstance(error, FileExistsError) and file.is_file():
+            raise holds_a_run(path) from error
+        if path.is_dir():
+            temporary.unlink(missing_ok=True)
+            if is_new(record):
+                forget(path)
         raise RunError(
             f"The run directory {path} cannot be written: {error.strerror}. Give another run_dir, or make room."
         ) from error
-    return record
+
+
+def is_new(record: Mapping[str, Any]) -> bool:
+    """Whether a run is begun here for the first time."""
+    return len(record["sessions"]) == 1
+
+
+def forget(path: Path) -> None:
+    """Take away what a run that did nothing has left in its folder, so that the next start, the mistake mended, finds it free."""
+    (path / "run.json").unlink(missing_ok=True)
+    lines = path / "metrics.jsonl"
+    if lines.exists() and lines.stat().st_size == 0:
+        lines.unlink()
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def holds_a_run(path: Path) -> RunError:
+    """Build the error for a folder that is taken."""
+    return RunError(
+        f'{path} already holds a run. To go on with it, set resume="auto"; to start another, give another run_dir (or delete that folder).'
+    )
 
 
 def refuse_differences(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -133,7 +204,7 @@ def as_mapping(hparams: Any) -> dict[str, Any]:
         return dataclasses.asdict(hparams)
     if hasattr(hparams, "__dict__"):
         return dict(vars(hparams))
-    raise RunError(f"hparams must be a mapping, a dataclass or a namespace, not a {type(hparams).__name__}.")
+    raise SettingsError(f"hparams must be a mapping, a dataclass or a namespace, not a {type(hparams).__name__}.")
 
 
 def plain(value: Any) -> Any:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sheer.checkpoint import store
 from sheer.checkpoint.codec import decode, encode
-from sheer.errors import RunError, SheerWarning
+from sheer.errors import NonFiniteError, RunError, SheerWarning
 from sheer.run import Run, tensors_of
 from sheer.settings import Settings
 
@@ -20,6 +21,7 @@ def save(cfg: Settings, run: Run) -> Path:
     """Write a checkpoint of the run as it is at the end of a step, and prune those that it makes superfluous."""
     if cfg.nonfinite == "raise":
         run.watch.check()
+        check_weights(run.model, run.progress.step)
     tensors: dict[str, Tensor] = {}
     state = encode(run.state_dict(), tensors)
     trained, averages = tensors_of(run.model), run.averaging.averages() if run.averaging is not None else None
@@ -30,11 +32,33 @@ def save(cfg: Settings, run: Run) -> Path:
     texts = {"state": state, "extra": encode(extra, tensors, "extra")}
     metrics = run.last_metrics if run.validated_at == run.progress.step else {}
     facts = {"run_id": run.info.run_id, "metrics": encode(metrics, {}), "settings": dict(run.info.settings)}
-    path = store.write(run.checkpoints, run.progress.step, groups, texts, facts)
+    try:
+        path = store.write(run.checkpoints, run.progress.step, groups, texts, facts)
+    except (OSError, SafetensorError) as error:
+        older = ", ".join(saved.path.name for saved in store.committed(run.checkpoints)) or "none"
+        raise RunError(
+            f"The checkpoint of step {run.progress.step} could not be written to {run.checkpoints}: {error}. The older ones are as they were: {older}. "
+            'Make room (Checkpoint(keep_last=..., keep_best=...) says how many stay), then go on with resume="auto".'
+        ) from error
     keep_best = cfg.checkpoint.keep_best if cfg.checkpoint is not None else 0
     keep_last = cfg.checkpoint.keep_last if cfg.checkpoint is not None else 1
     store.prune(run.checkpoints, keep_last=keep_last, keep_best=keep_best, monitor=cfg.monitor, mode=cfg.monitor_mode)
     return path
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raise `NonFiniteError` for a weight that became NaN or infinite though no loss has shown it yet. Waits for the device."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        return
+    finite = torch.stack([parameter.detach().isfinite().all() for _, parameter in trained]).tolist()
+    bad = [name for (name, _), good in zip(trained, finite, strict=True) if not good]
+    if bad:
+        raise NonFiniteError(
+            f"{', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''} became NaN or infinite by step {step}, through a gradient: "
+            "no loss was. This step is not saved. detect_anomaly=True names the operation (a square root or a norm of 0, most often), "
+            'gradient_clip_val=1.0 names the step, nonfinite="skip" leaves such steps out.'
+        )
 
 
 def is_among_best(cfg: Settings, run: Run) -> bool:
@@ -72,7 +96,7 @@ def load_model(model: nn.Module, state: dict[str, Any], source: Path, *, strict:
         RunError: names or shapes differ, and `strict`; all of them are listed.
     """
     own = model.state_dict()
-    missing, more = [name for name in own if name not in state], [name for name in state if name not in own]
+    missing, more = [name for name in own if name not in state], sorted(name for name in state if name not in own)
     shapes = [
         f"{name} is {list(value.shape)} here and {list(state[name].shape)} there"
         for name, value in own.items()
@@ -134,7 +158,13 @@ def load_weights(model: nn.Module, source: str | Path, which: str = "best", *, s
     if path.is_file():
         from safetensors.torch import load_file
 
-        load_model(model, load_file(path), path, strict=strict)
+        try:
+            state = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RunError(
+                f"{path} is no safetensors file, or a damaged one: {error}. Give a run's directory, a checkpoint's, or a .safetensors file."
+            ) from error
+        load_model(model, state, path, strict=strict)
         return path
     path = checkpoint_in(path, which)
     store.verify(path)

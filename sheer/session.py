@@ -9,6 +9,7 @@ import torch
 
 from sheer.data.batch import describe
 from sheer.run import Run
+from sheer.rundir import forget, is_new, write_record
 from sheer.signals import EXIT_STATUS, StopSignals, is_signal
 
 
@@ -20,6 +21,7 @@ class Session:
         self.signals = StopSignals()
 
     def __enter__(self) -> Session:
+        write_record(self.run.info.run_dir, self.run.record)
         self.run.loggers.start(self.run.info)
         self.run.console.open(self.run.progress, self.run.total_steps)
         self.signals.__enter__()
@@ -37,6 +39,8 @@ class Session:
             self.run.data.source.close()
         self.run.loggers.close()
         self.run.console.close()
+        if error is not None and self.run.progress.step <= 1 and is_new(self.run.record) and self.run.saved is None:
+            forget(self.run.info.run_dir)
 
     def _where(self, error: BaseException) -> str:
         """Say in which step an error happened, on which batch, with how much memory in use."""

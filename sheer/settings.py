@@ -108,6 +108,14 @@ class Settings:
             raise SettingsError(
                 "fast_dev_run keeps nothing and starts afresh, so it cannot go with resume. Leave one of them out."
             )
+        if self.resume == "auto" and self.checkpoint is None:
+            raise SettingsError(
+                'resume="auto" goes on from the last checkpoint, and checkpoint=False saves none. Leave one of them out.'
+            )
+        if self.monitor is None and self.checkpoint is not None and self.checkpoint.keep_best > 1:
+            raise SettingsError(
+                f'Checkpoint(keep_best={self.checkpoint.keep_best}) keeps the best by monitor, and that names no metric. Give monitor="val/...".'
+            )
         if self.resume == "auto" and self.run_dir is None:
             raise SettingsError(
                 'resume="auto" looks for the run in run_dir, and there is none: each start would make a new folder. '

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from sheer.build import (
     build_optimizer,
@@ -29,15 +31,15 @@ from sheer.checkpoint import store
 from sheer.checkpoint.codec import encode
 from sheer.console import Console, clock
 from sheer.data.feed import TrainingData
-from sheer.data.source import make_source
-from sheer.errors import ModelError, RunError, SettingsError
-from sheer.evaluation import Evaluation, evaluate
+from sheer.data.source import check_loader, make_source
+from sheer.errors import ModelError, RunError, SettingsError, SheerWarning
+from sheer.evaluation import Evaluation, evaluate, named_loaders
 from sheer.events import RunInfo, events_of, named
-from sheer.loggers.base import Logger, Loggers
+from sheer.loggers.base import Logger, Loggers, check_loggers
 from sheer.loggers.jsonl import JSONL
 from sheer.random import random_state, set_random_state
 from sheer.run import Run
-from sheer.rundir import as_mapping, choose_run_dir, open_run_dir, refuse_differences
+from sheer.rundir import as_mapping, choose_run_dir, refuse_differences, run_record
 from sheer.saving import checkpoint_in, newest_good, restore
 from sheer.settings import Settings
 from sheer.signals import is_signal
@@ -56,6 +58,7 @@ class Plugins:
 def training_data(cfg: Settings, loader: Any, *, resume_by_skipping: bool = False) -> TrainingData:
     """Return what the steps train on, as the settings limit and group it."""
     compute = make_compute(cfg.precision, resolve_device(cfg.device))
+    check_loader(loader, "The training loader", passes=cfg.max_epochs or 1)
     source = make_source(
         loader, seed=torch.initial_seed(), device=compute.device, resume_by_skipping=resume_by_skipping
     )
@@ -92,7 +95,10 @@ def start(
     Raises:
         SettingsError, ModelError, RunError: something does not fit; the message says what, and what to do.
     """
+    events = events_of(plugins.callbacks)
+    check_loggers(plugins.loggers)
     check_start(cfg, plugins, model)
+    hparams = as_mapping(plugins.hparams)
     compute = make_compute(cfg.precision, resolve_device(cfg.device))
     set_backends(cfg)
     place_model(model, compute)
@@ -106,7 +112,12 @@ def start(
         model.train()
     if cfg.compile:
         model.compile(mode=None if cfg.compile is True else cfg.compile)
-    info = open_run(cfg, plugins, compute.device, data, steps)
+    if cfg.monitor is None and any(isinstance(s, ReduceLROnPlateau) for s in scheduled.values()):
+        raise SettingsError(
+            'ReduceLROnPlateau follows the monitored metric, and monitor is not set. Set monitor="val/loss", say.'
+        )
+    directory = Path(tempfile.mkdtemp(prefix="sheer-dev-run-")) if cfg.fast_dev_run else choose_run_dir(cfg)
+    record = run_record(directory, cfg, hparams, torch.initial_seed())
     run = Run(
         model=model,
         optimizers=built,
@@ -116,19 +127,33 @@ def start(
         compute=compute,
         numbered=numbered,
         parameters=parameters,
-        events=events_of(plugins.callbacks),
+        events=events,
         callbacks=named(plugins.callbacks),
         averaging=next((callback for callback in plugins.callbacks if hasattr(callback, "averages")), None),
         loggers=Loggers(
             [] if cfg.fast_dev_run else [JSONL(), *(x for x in plugins.loggers if not isinstance(x, Console))]
         ),
         console=next((logger for logger in plugins.loggers if isinstance(logger, Console)), None) or Console(),
-        info=info,
+        info=RunInfo(
+            run_id=record["id"],
+            run_dir=directory,
+            device=compute.device,
+            start_step=0,
+            total_steps=steps,
+            steps_per_epoch=data.steps_per_epoch if data is not None else None,
+            log_every_n_steps=cfg.log_every_n_steps,
+            monitor=cfg.monitor,
+            monitor_mode=cfg.monitor_mode,
+            hparams=hparams,
+            settings=dataclasses.asdict(cfg),
+        ),
+        record=record,
         total_steps=steps,
         data=data,
     )
     encode(run.state_dict(), {})  # what cannot be saved is refused now, not at the first save
     resume(cfg, run)
+    check_length_of_schedules(cfg, run)
     announce(cfg, run)
     return run
 
@@ -139,9 +164,17 @@ def check_start(cfg: Settings, plugins: Plugins, model: nn.Module) -> None:
         raise SettingsError(
             "How long is the training to take? Give max_steps, max_epochs or max_time (or fast_dev_run=True)."
         )
+    if isinstance(model, type):
+        raise ModelError(f"model is the class {model.__name__}. Give an object: {model.__name__}(...).")
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"The model must be an nn.Module, not a {type(model).__name__}. Several networks go into one nn.Module."
+        )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ModelError(
+            f"The model's {', '.join(lazy[:3])} {'has' if len(lazy) == 1 else 'have'} no shape yet. Call the model once on a batch before "
+            "the optimizer is built."
         )
     averaging = [type(callback).__name__ for callback in plugins.callbacks if hasattr(callback, "averages")]
     if len(averaging) > 1:
@@ -150,15 +183,46 @@ def check_start(cfg: Settings, plugins: Plugins, model: nn.Module) -> None:
         )
 
 
-def refuse_unfollowed(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
-    """Raise `SettingsError` where something follows a metric of the validation that cannot be there."""
-    if cfg.monitor is not None and validation is None:
+def refuse_unfollowed(cfg: Settings, validation: Evaluation | None, scheduler: Any) -> None:
+    """Raise `SettingsError` where something follows a validation, and there is none."""
+    if validation is not None:
+        return
+    if cfg.monitor is not None:
         raise SettingsError(
             f"monitor={cfg.monitor!r} is a metric of the validation, and there is none. Give fit a val_loader."
         )
-    if run.plateaus and cfg.monitor is None:
+    if scheduler is not None and cfg.scheduler_interval == "validation":
         raise SettingsError(
-            'ReduceLROnPlateau follows the monitored metric, and monitor is not set. Set monitor="val/loss", say.'
+            'scheduler_interval="validation" moves the scheduler after each validation, and there is none. Give fit a val_loader, or '
+            'set "step" or "epoch".'
+        )
+    if cfg.limit_val_batches != 0 and (cfg.validate_every_n_steps is not None or cfg.validate_first):
+        warnings.warn(
+            "validate_every_n_steps and validate_first do nothing: fit was given no val_loader.",
+            SheerWarning,
+            stacklevel=4,
+        )
+
+
+def check_length_of_schedules(cfg: Settings, run: Run) -> None:
+    """Raise `ModelError` where a `OneCycleLR` ends before the run does, as it would in the middle of the training."""
+    for scheduler in run.schedulers.values():
+        if not isinstance(scheduler, OneCycleLR) or cfg.scheduler_interval != "step" or run.total_steps is None:
+            continue
+        if scheduler.total_steps < run.total_steps:
+            raise ModelError(
+                f"The OneCycleLR ends after {scheduler.total_steps:,} steps, and the run has {run.total_steps:,}; then it raises an error. "
+                "Pass a function, scheduler=lambda optimizer, total_steps: OneCycleLR(optimizer, max_lr, total_steps), or set max_steps."
+            )
+
+
+def check_monitor(cfg: Settings, metrics: Mapping[str, float]) -> None:
+    """Raise `SettingsError` if `monitor` is not among the metrics that a validation returned."""
+    if cfg.monitor is not None and cfg.monitor not in metrics:
+        near = difflib.get_close_matches(cfg.monitor, metrics, n=1)
+        advice = f" Did you mean {near[0]!r}?" if near else ""
+        raise SettingsError(
+            f"monitor={cfg.monitor!r} is no metric that the validation returned; there are: {', '.join(metrics)}.{advice}"
         )
 
 
@@ -176,24 +240,24 @@ def try_validation(cfg: Settings, run: Run, validation: Evaluation) -> None:
     with torch.no_grad():
         for name, buffer in run.model.named_buffers():
             buffer.copy_(buffers[name])
-    if cfg.monitor is not None and cfg.monitor not in metrics:
-        near = difflib.get_close_matches(cfg.monitor, metrics, n=1)
-        advice = f" Did you mean {near[0]!r}?" if near else ""
-        raise SettingsError(
-            f"monitor={cfg.monitor!r} is no metric that the validation returned; there are: {', '.join(metrics)}.{advice}"
-        )
+    check_monitor(cfg, metrics)
 
 
-def numbered(*steps: Callable[..., Any]) -> frozenset[Callable[..., Any]]:
+def numbered(model: nn.Module, *steps: Callable[..., Any]) -> frozenset[Callable[..., Any]]:
     """Return those step functions that take the number of the step."""
-    return frozenset(step for step in steps if takes_step_number(step))
+    return frozenset(step for step in steps if takes_step_number(step, model=model))
 
 
-def evaluation_of(cfg: Settings, step: Callable[..., Any], loaders: Any, *, prefix: str = "val") -> Evaluation | None:
+def evaluation_of(
+    cfg: Settings, model: nn.Module, step: Callable[..., Any], loaders: Any, *, prefix: str = "val"
+) -> Evaluation | None:
     """Return what a validation does, or None where there is nothing to validate on."""
     if loaders is None or cfg.limit_val_batches == 0:
         return None
-    return Evaluation(step, loaders, prefix, cfg.limit_val_batches, takes_step_number(step, "eval_step"))
+    numbered = takes_step_number(step, "eval_step", model)
+    for _, loader in named_loaders(loaders):
+        check_loader(loader, "The loader to validate on", passes=2)  # a first batch is tried before the first step
+    return Evaluation(step, loaders, prefix, cfg.limit_val_batches, numbered)
 
 
 def duration_over(cfg: Settings, run: Run) -> str | None:
@@ -216,28 +280,6 @@ def set_backends(cfg: Settings) -> None:
         torch.autograd.set_detect_anomaly(True)
     if cfg.precision == "tf32-true":
         torch.set_float32_matmul_precision("high")
-
-
-def open_run(
-    cfg: Settings, plugins: Plugins, device: torch.device, data: TrainingData | None, steps: int | None
-) -> RunInfo:
-    """Make or open the run's folder and return what callbacks and loggers are told."""
-    hparams = as_mapping(plugins.hparams)
-    directory = Path(tempfile.mkdtemp(prefix="sheer-dev-run-")) if cfg.fast_dev_run else choose_run_dir(cfg)
-    record = open_run_dir(directory, cfg, hparams, torch.initial_seed())
-    return RunInfo(
-        run_id=record["id"],
-        run_dir=directory,
-        device=device,
-        start_step=0,
-        total_steps=steps,
-        steps_per_epoch=data.steps_per_epoch if data is not None else None,
-        log_every_n_steps=cfg.log_every_n_steps,
-        monitor=cfg.monitor,
-        monitor_mode=cfg.monitor_mode,
-        hparams=hparams,
-        settings=dataclasses.asdict(cfg),
-    )
 
 
 def resume(cfg: Settings, run: Run) -> None:

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sheer.errors import RunError
+
+IMPLEMENTATION = frozenset(
+    {"foreach", "fused", "capturable", "differentiable"}
+)  # these may differ: the device may, too
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number for a tensor that holds one, as a learning rate may."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an option can be compared with the one that was saved."""
+    return isinstance(value, (bool, int, float, str, type(None))) or (
+        isinstance(value, tuple) and all(is_plain(item) for item in value)
+    )
 
 
 class NamedOptimizer:
@@ -31,14 +47,41 @@ class NamedOptimizer:
         """Return the state of each parameter, and the groups, both by name."""
         names, state = self._names(), self.optimizer.state_dict()
         groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
-        return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
+        return {
+            "class": type(self.optimizer).__name__,
+            "options": self._options(),
+            "state": {names[index]: values for index, values in state["state"].items()},
+            "groups": groups,
+        }
+
+    def _options(self) -> dict[str, Any]:
+        """Return the options that the optimizer was built with, without those that choose an implementation."""
+        options = {name: plain_number(value) for name, value in self.optimizer.defaults.items()}
+        return {name: value for name, value in options.items() if name not in IMPLEMENTATION and is_plain(value)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned.
 
         Raises:
-            RunError: the groups hold other parameters than those that were saved.
+            RunError: it is another optimizer, has other options, or its groups hold other parameters than those that were saved.
         """
+        if state["class"] != type(self.optimizer).__name__:
+            raise RunError(
+                f"The optimizer that was saved is {state['class']}, and this one is {type(self.optimizer).__name__}: its state means nothing here. "
+                "Build the same optimizer, or start a new run and take the weights with sheer.load_weights."
+            )
+        options = self._options()
+        differing = [
+            f"  {name}: {value!r} then, {options[name]!r} now"
+            for name, value in state["options"].items()
+            if name in options and options[name] != value
+        ]
+        if differing:
+            raise RunError(
+                "The optimizer that was saved was built with other options, which would be put back in place of these:\n"
+                + "\n".join(differing)
+                + "\nPut them back, or start a new run and take the weights with sheer.load_weights."
+            )
         names = self._names()
         index_of = {name: index for index, name in enumerate(names)}
         own = [sorted(names_of_group) for names_of_group in self._grouped(names)]

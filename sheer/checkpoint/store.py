@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sheer.errors import RunError
+from sheer.errors import RunError, SheerWarning
 from sheer.version import __version__
 
 FORMAT = 1
@@ -50,12 +51,36 @@ def write(
         tensors: for each safetensors file (named without its ending) the tensors in it.
         texts: for each JSON file (named without its ending) its content.
         facts: more lines of the manifest, such as the metrics.
+
+    Raises:
+        OSError, SafetensorError: it could not be written; what there was before is as it was.
     """
+    final = directory / f"step-{step:08d}"
+    path = directory / f".step-{step:08d}"
+    for rest in directory.glob(".step-*"):  # of saves that were cut off
+        shutil.rmtree(rest, ignore_errors=True)
+    try:
+        _write_files(path, step, tensors, texts, facts)
+        if final.exists():
+            shutil.rmtree(final)  # of this very step, before it was validated
+        path.rename(final)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    _sync_directory(directory)
+    return final
+
+
+def _write_files(
+    path: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write all files of a checkpoint, and its manifest last."""
     from safetensors.torch import save_file
 
-    path = directory / f"step-{step:08d}"
-    if path.exists():
-        shutil.rmtree(path)  # the rest of a save that was cut off, or of this very step before it was validated
     path.mkdir(parents=True)
     for name, group in tensors.items():
         save_file(independent(group), path / f"{name}.safetensors")
@@ -78,8 +103,6 @@ def write(
         "files": files,
     }
     _replace_text(path / MANIFEST, json.dumps(manifest, indent=1))
-    _sync_directory(directory)
-    return path
 
 
 def independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,9 +143,17 @@ def committed(directory: Path) -> list[Saved]:
     found = []
     for path in sorted(directory.glob("step-*")):
         if not path.is_symlink() and (path / MANIFEST).is_file():
-            manifest = json.loads((path / MANIFEST).read_text())
-            metrics = {name: value for name, value in manifest["metrics"].items() if isinstance(value, (int, float))}
-            found.append(Saved(path, manifest["step"], metrics, manifest))
+            try:
+                manifest = json.loads((path / MANIFEST).read_text())
+                values = manifest["metrics"].items()
+                step = int(manifest["step"])
+            except (ValueError, KeyError, TypeError, AttributeError):
+                warnings.warn(
+                    f"{path / MANIFEST} is damaged; the checkpoint is passed over.", SheerWarning, stacklevel=2
+                )
+                continue
+            metrics = {name: value for name, value in values if isinstance(value, (int, float))}
+            found.append(Saved(path, step, metrics, manifest))
     return sorted(found, key=lambda saved: saved.step)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from sheer.data.batch import StepBatch, move
-from sheer.data.source import Source
-from sheer.errors import DataError
+from sheer.data.source import IterableSource, Source
+from sheer.errors import DataError, SheerWarning
 from sheer.progress import Progress
 from sheer.random import random_state, set_random_state, snapshot
 
@@ -37,6 +38,9 @@ class TrainingData:
         self.same_epoch = same_epoch
         self.batches_per_epoch = limited(source.batches_per_epoch, limit)
         self.steps_per_epoch = None if self.batches_per_epoch is None else -(-self.batches_per_epoch // accumulate)
+        self.knows_length_from_user = (
+            isinstance(source, IterableSource) and source.batches_per_epoch is not None and limit is None
+        )
         self.at_end = False
         self.described = f"{source.described}; {accumulate} batches a step" if accumulate > 1 else source.described
         self.moves = device.type != "cpu" or dtype is not None
@@ -57,7 +61,7 @@ class TrainingData:
             if restore_random is not None and start == 0 and (epoch == 0 or self.source.reopens):
                 restore_random()
                 restore_random = None
-            batches = self.source.epoch(0 if self.same_epoch else epoch, start)
+            opened = batches = self.source.epoch(0 if self.same_epoch else epoch, start)
             if self.batches_per_epoch is not None:
                 batches = itertools.islice(batches, self.batches_per_epoch - start)
             if restore_random is not None and self._fetch_under is None:
@@ -67,6 +71,13 @@ class TrainingData:
             restore_random = None
             if progress.epoch == epoch:
                 raise self._ended_early(progress)
+            if self.knows_length_from_user and next(opened, None) is not None:
+                warnings.warn(
+                    f"The training loader says that it has {self.batches_per_epoch} batches and gives more, which are left out. Its __len__ is "
+                    "wrong, or several workers each yield the whole dataset (see torch.utils.data.get_worker_info).",
+                    SheerWarning,
+                    stacklevel=2,
+                )
 
     def _epoch(
         self, steps: Iterator[StepBatch], start: int, restore_random: Callable[[], None] | None
@@ -120,12 +131,29 @@ class TrainingData:
         """Return the state of the source as it was at the last batch yielded."""
         if self._before_fetch is not None:
             before, taken = self._before_fetch
-            return {"source": before, "random": random_state(taken)}
-        return {"source": self.source.state_dict(), "random": None}
+            return {**self._kind(), "source": before, "random": random_state(taken)}
+        return {**self._kind(), "source": self.source.state_dict(), "random": None}
+
+    def _kind(self) -> dict[str, Any]:
+        return {"kind": type(self.source).__name__, "batches": self.batches_per_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give the source its state back, before `steps` is called."""
+        """Give the source its state back, before `steps` is called.
+
+        Raises:
+            DataError: the data is not that of the run that goes on.
+        """
+        advice = "Give it the same data, or start a new run in another run_dir."
+        if state["kind"] != self._kind()["kind"]:
+            raise DataError(
+                f"The run was made with another kind of loader ({state['kind']}; now {self._kind()['kind']}), so its position means nothing "
+                f"here. {advice}"
+            )
         self.source.load_state_dict(state["source"])
+        if state["batches"] != self.batches_per_epoch:
+            raise DataError(
+                f"The run was made with {state['batches']} batches an epoch, and now there are {self.batches_per_epoch}. {advice}"
+            )
         self._fetch_under = state["random"]
 
 

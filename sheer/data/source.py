@@ -50,11 +50,35 @@ class Source(Protocol):
         """End the workers that were started here; left to the garbage collector, each would be waited for."""
 
 
+def check_loader(loader: Any, what: str, *, passes: int) -> None:
+    """Raise `DataError` for what cannot yield batches, or not as many times as it will be iterated."""
+    if isinstance(loader, Mapping):
+        for part in loader.values():
+            check_loader(part, what, passes=passes)
+    elif isinstance(loader, type):
+        raise DataError(f"{what} is the class {loader.__name__}; give an object.")
+    elif isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise DataError(
+            f"{what} is a dataset ({type(loader).__name__}). Wrap it: DataLoader(dataset, batch_size=..., shuffle=True)."
+        )
+    elif isinstance(loader, (torch.Tensor, str)):
+        raise DataError(
+            f"{what} is a {type(loader).__name__}. Wrap it: DataLoader(TensorDataset(x, y), batch_size=...)."
+        )
+    elif not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise DataError(f"{what} must yield batches when iterated, and a {type(loader).__name__} cannot be iterated.")
+    elif passes > 1 and isinstance(loader, Iterator) and type(loader).__module__ in ("builtins", "itertools"):
+        raise DataError(
+            f"{what} is a {type(loader).__name__}, which can be iterated only once, and it is to be {passes} times. Pass something that "
+            "starts anew each time it is iterated: a DataLoader, a list, or an object whose __iter__ is the generator function."
+        )
+
+
 def make_source(loader: Any, *, seed: int, device: torch.device, resume_by_skipping: bool = False) -> Source:
     """Choose the case that `loader` is.
 
     Raises:
-        DataError: `loader` is nothing that yields batches, or is empty.
+        DataError: `loader` is empty.
     """
     if isinstance(loader, Mapping):
         return CombinedSource({name: make_source(part, seed=seed, device=device) for name, part in loader.items()})
@@ -64,12 +88,6 @@ def make_source(loader: Any, *, seed: int, device: torch.device, resume_by_skipp
         if _has_default_order(loader):
             return GlobalOrderSource(loader, seed=seed, device=device)
         return OwnOrderSource(loader, seed=seed, device=device)
-    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
-        raise DataError(
-            "A dataset was given where a loader is expected. Wrap it: DataLoader(dataset, batch_size=..., shuffle=True)."
-        )
-    if not isinstance(loader, Iterable):
-        raise DataError(f"A loader must yield batches when iterated, and a {type(loader).__name__} cannot be iterated.")
     return IterableSource(loader, resume_by_skipping=resume_by_skipping)
 
 
@@ -131,7 +149,12 @@ class GlobalOrderSource:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
-        return {"seed": self.sampler.seed, "samples": self.sampler.samples, "batch_size": self.batch_size}
+        return {
+            "seed": self.sampler.seed,
+            "samples": self.sampler.samples,
+            "batch_size": self.batch_size,
+            "shuffle": self.sampler.shuffle,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the seed of the run that goes on; refuse other data."""
@@ -144,6 +167,11 @@ class GlobalOrderSource:
                     f"The run was made with {state[name]} {what}, and now there are {self.state_dict()[name]}: it cannot go on "
                     "with the same order. Give it the same data and batch_size, or start a new run in another run_dir."
                 )
+        if state["shuffle"] != self.sampler.shuffle:
+            raise DataError(
+                f"The run was made with shuffle={state['shuffle']}, and the loader now has shuffle={self.sampler.shuffle}: it cannot go on in the "
+                "same order. Put it back, or start a new run in another run_dir."
+            )
         self.sampler.seed = state["seed"]
 
     def close(self) -> None:

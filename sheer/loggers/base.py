@@ -6,10 +6,11 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from sheer.errors import SheerWarning
+from sheer.console import Console
+from sheer.errors import SettingsError, SheerWarning
 from sheer.events import RunInfo, named
 from sheer.metrics import Figure, Image, Media, Text
 
@@ -30,6 +31,20 @@ class Logger(Protocol):
 
     def close(self) -> None:
         """Write out what is left; called at the end, also after an error."""
+
+
+def check_loggers(loggers: Sequence[Logger]) -> None:
+    """Raise `SettingsError` for what cannot be told anything."""
+    if not isinstance(loggers, Iterable):
+        raise SettingsError(f"loggers must be a list, not a {type(loggers).__name__}: loggers=[...].")
+    for logger in loggers:
+        if isinstance(logger, type):
+            raise SettingsError(f"loggers holds the class {logger.__name__}; give an object: {logger.__name__}().")
+        lacking = [name for name in ("start", "log", "close") if not callable(getattr(logger, name, None))]
+        if lacking and not isinstance(logger, Console):
+            raise SettingsError(
+                f"A logger has the methods start(info), log(step, metrics) and close(); {type(logger).__name__} lacks {', '.join(lacking)}."
+            )
 
 
 class Loggers:
