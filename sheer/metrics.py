@@ -13,6 +13,7 @@ from torch import Tensor
 from sheer.errors import StepError
 
 Number = Tensor | float | int
+SMALL = 64  # bytes; a scalar may own far more: that of mse_loss lies in the memory of all the squares
 _FOLD = 1024  # values of one metric that are kept one by one before they are stacked, to bound their number
 
 
@@ -108,7 +109,8 @@ class Metrics:
         for name, value in values.items():
             entry = self._sums.get(prefix + name)
             if type(value) is Tensor and entry is not None and entry.weighted and value.dim() == 0:
-                entry.totals.append(value.detach())
+                kept = value.detach()
+                entry.totals.append(kept if kept.untyped_storage().nbytes() <= SMALL else kept.clone())
                 entry.counts.append(samples)
                 if len(entry.totals) == _FOLD:
                     entry.fold()
@@ -223,8 +225,8 @@ def _scalar(name: str, value: Number) -> Number:
                 f"The step returned {name!r} with shape {list(value.shape)}; a metric is one number. Return its mean, or "
                 "sheer.mean(values, mask) where not every value counts."
             )
-        # A view would keep the whole tensor it was taken from until the next log point.
-        return value.detach().reshape(()).clone() if value.dim() else value.detach()
+        kept = value.detach().reshape(())
+        return kept if kept.untyped_storage().nbytes() <= SMALL else kept.clone()
     return float(value)
 
 

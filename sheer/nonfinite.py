@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sheer.errors import NonFiniteError
+from sheer.metrics import SMALL
 
 _FOLD = 1024
 
@@ -20,7 +21,8 @@ class Watch:
 
     def add(self, step: int, what: str, value: Tensor) -> None:
         """Keep a scalar to be tested."""
-        self._values.append(value.detach())
+        kept = value.detach()
+        self._values.append(kept if kept.untyped_storage().nbytes() <= SMALL else kept.clone())
         self._seen.append((step, what))
         if len(self._values) == _FOLD:
             self._fold()

@@ -52,6 +52,9 @@ def plain_loader(batch_size: int = 16, samples: int = SAMPLES, seed: int = 0) ->
 
 def trainer(**settings: Any) -> sheer.Trainer:
     settings.setdefault("checkpoint", False)
+    settings.setdefault(
+        "device", "cpu"
+    )  # also on a machine with a GPU: what is equal bit for bit is equal on one device
     settings.setdefault("loggers", [sheer.Console(live=False)])
     if not {"max_steps", "max_epochs", "max_time", "fast_dev_run"} & settings.keys():
         settings["max_epochs"] = 3

@@ -42,7 +42,7 @@ def test_averages_equal_those_of_averaged_model(kind: str, monkeypatch: pytest.M
     callback: Any = sheer.EMA(0.9) if kind == "EMA" else sheer.SWA(start_step=0, every_n_steps=1, bn_loader=False)
     net = model(dropout=0.0).cuda()
     torch.manual_seed(0)
-    trainer(callbacks=[callback]).fit(net, step, loader(), optimizer=AdamW(net.parameters(), lr=1e-2))
+    trainer(device="cuda", callbacks=[callback]).fit(net, step, loader(), optimizer=AdamW(net.parameters(), lr=1e-2))
     assert_same(callback.averages(), dict(average.module.named_parameters()))
 
 
@@ -65,7 +65,7 @@ def test_nothing_waits_for_the_device_between_log_points() -> None:
         sheer.On(step_end=lax),
     ]
     net = model()
-    trainer(callbacks=callbacks, max_steps=20, max_epochs=None, log_every_n_steps=4, run_dir="run").fit(
+    trainer(device="cuda", callbacks=callbacks, max_steps=20, max_epochs=None, log_every_n_steps=4, run_dir="run").fit(
         net, step, loader(), optimizer=AdamW(net.parameters(), lr=1e-2)
     )
     line = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
@@ -78,7 +78,7 @@ def test_nothing_waits_for_the_device_between_log_points() -> None:
 def test_statistics_of_batch_norms_and_the_random_states_of_the_device() -> None:
     net = model()
     swa = sheer.SWA(start_step=3, every_n_steps=2, lr=0.01, bn_loader=loader(25))
-    trainer(callbacks=[swa], checkpoint=True, run_dir="run").fit(
+    trainer(device="cuda", callbacks=[swa], checkpoint=True, run_dir="run").fit(
         net, step, loader(), loader(50), optimizer=AdamW(net.parameters(), lr=1e-2)
     )
     averages = swa.averages()
@@ -88,7 +88,7 @@ def test_statistics_of_batch_norms_and_the_random_states_of_the_device() -> None
 
 def test_the_profile_has_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     net = model()
-    trainer(callbacks=[sheer.Profiler(wait=1, warmup=1, active=2)], max_epochs=1, run_dir="run").fit(
+    trainer(device="cuda", callbacks=[sheer.Profiler(wait=1, warmup=1, active=2)], max_epochs=1, run_dir="run").fit(
         net, step, loader(), optimizer=AdamW(net.parameters(), lr=1e-2)
     )
     assert "cuda" in Path("run/profile/train.4.pt.trace.json").read_text().lower()

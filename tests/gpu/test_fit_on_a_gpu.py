@@ -15,9 +15,14 @@ from torch.utils.data import DataLoader
 import sheer
 from sheer.data.batch import StepBatch
 from sheer.data.feed import copied_ahead
-from tests.task import assert_same, dataset, loader, loss_step, model, plain_loader, step, trainer
+from tests.task import assert_same, dataset, loader, loss_step, model, plain_loader, step
+from tests.task import trainer as trainer_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def trainer(**settings: Any) -> sheer.Trainer:
+    return trainer_of(device="cuda", **settings)
 
 
 def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
