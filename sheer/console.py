@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 
+_MOST = 10  # metrics in a line
+
+
 class Console:
     """Prints a line at each log point; in a terminal a live bar shows the step, its speed and the time that is left.
 
@@ -102,7 +105,8 @@ class Console:
         validated = not any(name.startswith("train/") for name in shown)  # what callbacks add has names of its own
         if shown and (self._live is None or validated):
             of = f"/{self._total:,}" if self._total else ""
-            values = " · ".join(f"{name} {number(value)}" for name, value in shown.items())
+            values = " · ".join(f"{name} {number(value)}" for name, value in list(shown.items())[:_MOST])
+            values += f" · and {len(shown) - _MOST} more" if len(shown) > _MOST else ""
             self.say(f"step {step:,}{of} · epoch {int(metrics.get('epoch', 0))} · {values}")
 
     def close(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,29 @@ from sheer.build import make_compute, place_model, resolve_device, takes_step_nu
 from sheer.data.source import check_loader
 from sheer.errors import RunError
 from sheer.evaluation import Compute, Evaluation, evaluate, named_loaders, predict
-from sheer.events import Events, events_of
+from sheer.events import Events, RunInfo, events_of
+from sheer.loggers.base import Loggers
+from sheer.metrics import Media
 from sheer.saving import load_weights
 from sheer.settings import Settings
 from sheer.start import Plugins, set_backends
 from sheer.step import Step
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """What the loggers of a run that is over need to be told more."""
+
+    loggers: Loggers
+    info: RunInfo
+    step: int
+
+    def report(self, metrics: Mapping[str, float], media: Mapping[str, Media]) -> None:
+        """Open the loggers again, hand them metrics, pictures and texts, and close them."""
+        self.loggers.start(self.info)
+        self.loggers.log(self.step, metrics)
+        self.loggers.log_media(self.step, media)
+        self.loggers.close()
 
 
 def evaluate_alone(
@@ -29,6 +48,7 @@ def evaluate_alone(
     prefix: str,
     checkpoint: str | Path | None,
     run_dir: Path | None,
+    reporter: Reporter | None,
     limit: int | float | None,
 ) -> dict[str, float]:
     """Return the metrics of `step` over a loader."""
@@ -37,7 +57,10 @@ def evaluate_alone(
         check_loader(part, "The loader to evaluate on", passes=1)
     compute, events = prepare(cfg, plugins, model, checkpoint, run_dir)
     evaluation = Evaluation(step, loader, prefix, limit, numbered)
-    return evaluate(model, evaluation, compute, events, 0)[0]
+    metrics, media = evaluate(model, evaluation, compute, events, 0)
+    if reporter is not None:
+        reporter.report(metrics, media)
+    return metrics
 
 
 def predict_alone(

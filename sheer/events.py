@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,13 @@ class OnException(Protocol):
 
     def on_exception(self, error: BaseException) -> None:  # noqa: D102
         ...
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """Follows a metric of the validation, named from `on_fit_start` on; the try before the first step sees that it is there."""
+
+    follows: str
 
 
 class Averages(Protocol):

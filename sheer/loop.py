@@ -44,7 +44,7 @@ def fit(
     optimizer: Optimizer | Callable[[nn.Module], Optimizer],
     scheduler: Any,
     resume_by_skipping: bool,
-) -> Result:
+) -> Run:
     """Train until a duration is over, a callback stops the run, or a signal does."""
     train = training_data(cfg, train_loader, resume_by_skipping=resume_by_skipping)
     validation = evaluation_of(cfg, model, eval_step, val_loader)
@@ -57,7 +57,7 @@ def fit(
         run.schedulers.get("optimizer"),
     )
     if progress.stopped_by is not None:
-        return result(run)
+        return run
     restore_random = run.open_data(train)
     with Session(run) as session:
         begin(cfg, run, validation)
@@ -71,7 +71,7 @@ def fit(
                 break
         finish(cfg, run, validation)
     leave_if_told(run)
-    return result(run)
+    return run
 
 
 def steps(cfg: Settings, run: Run, session: Session, loader: Any, resume_by_skipping: bool) -> Iterator[Any]:
@@ -200,7 +200,7 @@ def validate(cfg: Settings, run: Run, validation: Evaluation) -> str | None:
     set_aside = run.metrics.set_aside()
     metrics, media = evaluate(run.model, validation, run.compute, run.events, run.progress.step)
     run.metrics.put_back(set_aside)
-    check_monitor(cfg, metrics)
+    check_monitor(cfg, run, metrics)
     run.last_metrics, run.validated_at = metrics, run.progress.step
     report(run, metrics)
     run.loggers.log_media(run.progress.step, media)

@@ -34,7 +34,7 @@ from sheer.data.feed import TrainingData
 from sheer.data.source import check_loader, make_source
 from sheer.errors import ModelError, RunError, SettingsError, SheerWarning
 from sheer.evaluation import Evaluation, evaluate, named_loaders
-from sheer.events import RunInfo, events_of, named
+from sheer.events import Follows, RunInfo, events_of, named
 from sheer.loggers.base import Logger, Loggers, check_loggers
 from sheer.loggers.jsonl import JSONL
 from sheer.random import random_state, set_random_state
@@ -51,7 +51,7 @@ class Plugins:
     """What a trainer holds besides its settings: objects, which cannot be written down."""
 
     callbacks: Sequence[object] = ()
-    loggers: Sequence[Logger] = ()
+    loggers: Sequence[Logger | Console] = ()
     hparams: Any = None
 
 
@@ -216,14 +216,19 @@ def check_length_of_schedules(cfg: Settings, run: Run) -> None:
             )
 
 
-def check_monitor(cfg: Settings, metrics: Mapping[str, float]) -> None:
-    """Raise `SettingsError` if `monitor` is not among the metrics that a validation returned."""
-    if cfg.monitor is not None and cfg.monitor not in metrics:
-        near = difflib.get_close_matches(cfg.monitor, metrics, n=1)
-        advice = f" Did you mean {near[0]!r}?" if near else ""
-        raise SettingsError(
-            f"monitor={cfg.monitor!r} is no metric that the validation returned; there are: {', '.join(metrics)}.{advice}"
-        )
+def check_monitor(cfg: Settings, run: Run, metrics: Mapping[str, float]) -> None:
+    """Raise `SettingsError` if what is followed is not among the metrics that a validation returned."""
+    followed = {f"monitor={cfg.monitor!r}": cfg.monitor} if cfg.monitor is not None else {}
+    for callback in run.events.validation_end:
+        if isinstance(callback, Follows):
+            followed[f"{type(callback).__name__}(monitor={callback.follows!r})"] = callback.follows
+    for who, metric in followed.items():
+        if metric not in metrics:
+            near = difflib.get_close_matches(metric, metrics, n=1)
+            advice = f" Did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(
+                f"{who} is no metric that the validation returned; there are: {', '.join(metrics)}.{advice}"
+            )
 
 
 def try_validation(cfg: Settings, run: Run, validation: Evaluation) -> None:
@@ -240,7 +245,7 @@ def try_validation(cfg: Settings, run: Run, validation: Evaluation) -> None:
     with torch.no_grad():
         for name, buffer in run.model.named_buffers():
             buffer.copy_(buffers[name])
-    check_monitor(cfg, metrics)
+    check_monitor(cfg, run, metrics)
 
 
 def numbered(model: nn.Module, *steps: Callable[..., Any]) -> frozenset[Callable[..., Any]]:

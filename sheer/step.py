@@ -92,7 +92,8 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
     optimizer.zero_grad()
     if not taken:
         count_skipped(run)
-    elif scheduler is not None and cfg.scheduler_interval == "step":
+        return
+    if scheduler is not None and cfg.scheduler_interval == "step":
         scheduler.step()
     for updated in run.events.update:
         updated.on_update(run.progress.step, run.model)

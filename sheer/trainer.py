@@ -13,10 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sheer.build import resolve_device
-from sheer.evaluate_alone import evaluate_alone, predict_alone
+from sheer.console import Console
+from sheer.evaluate_alone import Reporter, evaluate_alone, predict_alone
 from sheer.launch import overrides
 from sheer.loggers.base import Logger
-from sheer.loop import fit
+from sheer.loop import fit, result
 from sheer.own_loop import Loop, start_loop
 from sheer.run import Result
 from sheer.settings import (
@@ -73,7 +74,7 @@ class Trainer:
         detect_anomaly: bool = False,
         checkpoint: Checkpoint | bool | None = True,
         callbacks: Sequence[object] = (),
-        loggers: Sequence[Logger] = (),
+        loggers: Sequence[Logger | Console] = (),
         hparams: Any = None,
         run_dir: str | Path | None = None,
         resume: str | Path | None = None,
@@ -117,6 +118,7 @@ class Trainer:
         )
         self.settings = expanded(overridden(settings, overrides()))
         self.plugins = Plugins(callbacks, loggers, hparams)
+        self._reporter: Reporter | None = None
         self.run_dir = Path(self.settings.run_dir) if self.settings.run_dir is not None else None
 
     @classmethod
@@ -125,7 +127,7 @@ class Trainer:
         settings: Settings,
         *,
         callbacks: Sequence[object] = (),
-        loggers: Sequence[Logger] = (),
+        loggers: Sequence[Logger | Console] = (),
         hparams: Any = None,
     ) -> Trainer:
         """Make a trainer from settings that were written down, read from a file or built by a configuration library."""
@@ -177,7 +179,7 @@ class Trainer:
         Raises:
             SheerError: something does not fit together; found before the first step wherever it can be.
         """
-        result = fit(
+        run = fit(
             self.settings,
             self.plugins,
             model,
@@ -189,8 +191,8 @@ class Trainer:
             scheduler,
             resume_by_skipping,
         )
-        self.run_dir = result.run_dir
-        return result
+        self.run_dir, self._reporter = run.info.run_dir, Reporter(run.loggers, run.info, run.progress.step)
+        return result(run)
 
     def start(
         self, model: nn.Module, *, optimizers: Mapping[str, Any], schedulers: Mapping[str, Any] | None = None
@@ -213,9 +215,21 @@ class Trainer:
         checkpoint: str | Path | None = None,
         limit_batches: int | float | None = None,
     ) -> dict[str, float]:
-        """Return `val/<name>` for each metric of `step` over a loader; with `checkpoint` ("best", "last" or a path) of its weights, which the model keeps."""
+        """Return `val/<name>` for each metric of `step` over a loader; with `checkpoint` ("best", "last" or a path) of its weights, which the model keeps.
+
+        After a `fit` of this trainer its loggers get them too, at the run's last step.
+        """
         return evaluate_alone(
-            self.settings, self.plugins, model, step, loader, "val", checkpoint, self.run_dir, limit_batches
+            self.settings,
+            self.plugins,
+            model,
+            step,
+            loader,
+            "val",
+            checkpoint,
+            self.run_dir,
+            self._reporter,
+            limit_batches,
         )
 
     def test(
@@ -227,9 +241,21 @@ class Trainer:
         checkpoint: str | Path | None = None,
         limit_batches: int | float | None = None,
     ) -> dict[str, float]:
-        """Return `test/<name>` for each metric of `step` over a loader; with `checkpoint` ("best", "last" or a path) of its weights, which the model keeps."""
+        """Return `test/<name>` for each metric of `step` over a loader; with `checkpoint` ("best", "last" or a path) of its weights, which the model keeps.
+
+        After a `fit` of this trainer its loggers get them too, at the run's last step.
+        """
         return evaluate_alone(
-            self.settings, self.plugins, model, step, loader, "test", checkpoint, self.run_dir, limit_batches
+            self.settings,
+            self.plugins,
+            model,
+            step,
+            loader,
+            "test",
+            checkpoint,
+            self.run_dir,
+            self._reporter,
+            limit_batches,
         )
 
     def predict(

@@ -41,7 +41,7 @@ class EarlyStopping:
         if mode not in (None, "min", "max"):
             raise SettingsError(f'EarlyStopping(mode={mode!r}): mode must be "min" or "max".')
         self.patience, self.min_delta, self.monitor, self.mode = patience, min_delta, monitor, mode
-        self._metric, self._sign = "", 1.0
+        self.follows, self._sign = "", 1.0
         self._best, self._best_step, self._waited = math.inf, 0, 0
 
     def on_fit_start(self, model: nn.Module, optimizers: Mapping[str, Optimizer], info: RunInfo) -> None:
@@ -57,18 +57,18 @@ class EarlyStopping:
             )
         if info.start_step == 0:
             self._best, self._best_step, self._waited = math.inf, 0, 0
-        self._metric, self._sign = metric, 1.0 if (self.mode or info.monitor_mode) == "min" else -1.0
+        self.follows, self._sign = metric, 1.0 if (self.mode or info.monitor_mode) == "min" else -1.0
 
     def on_validation_end(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Compare with the best value so far; return why the run is to stop, once it is."""
-        if self._metric not in metrics:
+        if self.follows not in metrics:
             raise SettingsError(
-                f"EarlyStopping follows {self._metric!r}, which the validation did not return; there are: {', '.join(metrics)}."
+                f"EarlyStopping follows {self.follows!r}, which the validation did not return; there are: {', '.join(metrics)}."
             )
-        value = metrics[self._metric]
+        value = metrics[self.follows]
         if math.isnan(value):
             warnings.warn(
-                f"{self._metric} is NaN at step {step}, which EarlyStopping counts as no improvement.",
+                f"{self.follows} is NaN at step {step}, which EarlyStopping counts as no improvement.",
                 SheerWarning,
                 stacklevel=2,
             )
@@ -78,7 +78,7 @@ class EarlyStopping:
         self._waited += 1
         if self._waited < self.patience:
             return None
-        return f"EarlyStopping: {self._metric} has not improved on {self._sign * self._best:.6g}, of step {self._best_step:,}, in {self._waited} validations"
+        return f"EarlyStopping: {self.follows} has not improved on {self._sign * self._best:.6g}, of step {self._best_step:,}, in {self._waited} validations"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value so far and what came after it."""

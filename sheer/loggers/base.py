@@ -33,7 +33,7 @@ class Logger(Protocol):
         """Write out what is left; called at the end, also after an error."""
 
 
-def check_loggers(loggers: Sequence[Logger]) -> None:
+def check_loggers(loggers: Sequence[Logger | Console]) -> None:
     """Raise `SettingsError` for what cannot be told anything."""
     if not isinstance(loggers, Iterable):
         raise SettingsError(f"loggers must be a list, not a {type(loggers).__name__}: loggers=[...].")
