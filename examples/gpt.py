@@ -136,7 +136,7 @@ def main() -> None:
         validate_every_n_steps=100,
         monitor="val/loss",
         checkpoint=sheer.Checkpoint(every_n_steps=100),
-        callbacks=[sheer.LearningRateMonitor(), sheer.Throughput(tokens_per_sample=CONTEXT)],
+        callbacks=[sheer.LearningRateMonitor(), sheer.Throughput(tokens=CONTEXT)],
         loggers=[sheer.TensorBoard()],
         run_dir=RUN_DIR,
         resume="auto",

@@ -65,7 +65,7 @@ def test_nan_is_no_improvement_and_is_said() -> None:
 
 
 def test_a_metric_that_is_not_there_is_an_error_that_lists_those_that_are() -> None:
-    with pytest.raises(sheer.SettingsError, match=r"follows 'val/acc'.* there are: val/loss, val/error"):
+    with pytest.raises(sheer.SettingsError, match=r"'val/acc'.* there are: val/loss, val/error"):
         fitted([1.0], sheer.EarlyStopping(monitor="val/acc", mode="max"))
 
 
