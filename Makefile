@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check format benchmarks clean
+.PHONY: demo test check package format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -19,10 +19,19 @@ demo: $(VENV)/.installed  ## train a small GPT on Python's own source, about two
 test: $(VENV)/.installed  ## all tests
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed  ## format, lint, strict types
+check: $(VENV)/.installed  ## format, lint, strict types, the code in the docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+package: $(VENV)/.installed  ## build the wheel, install it into a clean environment, train with it
+	rm -rf build/package && mkdir -p build/package
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/package .
+	$(PYTHON) -m venv build/package/env || python3 -m venv build/package/env
+	build/package/env/bin/python -m pip install --quiet --constraint constraints.txt torch build/package/*.whl
+	build/package/env/bin/sheer --version
+	cd build/package && env/bin/python ../../tests/packaged.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
