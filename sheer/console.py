@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 _MOST = 10  # metrics in a line
+_WINDOW = 30.0  # seconds over which the speed is measured
 
 
 class Console:
@@ -77,21 +78,23 @@ class Console:
         assert self._bar is not None and self._task is not None and self._progress is not None
         step = self._progress.step
         now = time.monotonic()
-        self._marks = [*self._marks[-20:], (now, step)]
+        if step != self._marks[-1][1]:
+            recent = [mark for mark in self._marks if now - mark[0] < _WINDOW]
+            self._marks = [*(recent or self._marks[-1:]), (now, step)]
         description = (
             f"step {step:,}" + (f"/{self._total:,}" if self._total else "") + f" · epoch {self._progress.epoch}"
         )
-        self._bar.update(self._task, completed=step, description=description, tail=" · ".join(self._tail(now, step)))
+        self._bar.update(self._task, completed=step, description=description, tail=" · ".join(self._tail(step)))
         return self._bar.get_renderable()
 
-    def _tail(self, now: float, step: int) -> list[str]:
+    def _tail(self, step: int) -> list[str]:
         tail = [
             f"{name.split('/')[-1]} {number(value)}"
             for name, value in self._latest.items()
             if name.startswith("train/")
         ][:3]
-        then, before = self._marks[0]
-        speed = (step - before) / (now - then) if now > then else 0.0
+        (then, before), (now, done) = self._marks[0], self._marks[-1]
+        speed = (done - before) / (now - then) if now > then else 0.0
         if speed > 0:
             tail.append(f"{number(speed)} steps/s")
             if self._total:
