@@ -110,6 +110,16 @@ def build_optimizer(model: nn.Module, optimizer: Optimizer | Callable[[nn.Module
     return built
 
 
+def refuse_closure(optimizer: Optimizer) -> None:
+    """Raise `ModelError` for an optimizer that computes the loss itself, several times a step, as LBFGS does."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ModelError(
+            f"{type(optimizer).__name__} computes the loss several times in one step, which fit does not. In a loop of your own "
+            "(for batch in run.steps(loader): ...) call optimizer.step(closure) yourself."
+        )
+
+
 def check_arguments(function: Callable[..., Any], name: str, arguments: tuple[str, ...]) -> None:
     """Raise `ModelError` if a function cannot be called with as many arguments."""
     try:

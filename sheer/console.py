@@ -56,6 +56,12 @@ class Console:
         if self.is_live:
             self._open_bar()
 
+    def expect(self, total: int | None) -> None:
+        """Take the number of steps, where it is known only when the loop gets its loader."""
+        self._total = total
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total)
+
     def _open_bar(self) -> None:
         from rich.console import Console as RichConsole
         from rich.live import Live

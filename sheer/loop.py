@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from sheer.build import refuse_closure
 from sheer.console import clock
 from sheer.data.batch import StepBatch
 from sheer.evaluation import Evaluation, evaluate
@@ -27,6 +28,7 @@ from sheer.start import (
     numbered,
     refuse_unfollowed,
     start,
+    total_steps,
     training_data,
     try_validation,
 )
@@ -51,13 +53,10 @@ def fit(
     refuse_unfollowed(cfg, validation, scheduler)
     optimizers, schedulers = {"optimizer": optimizer}, {"optimizer": scheduler}
     run = start(cfg, plugins, model, optimizers, schedulers, train, numbered(model, step))
-    progress, optimizer, scheduler = (
-        run.progress,
-        run.optimizers["optimizer"],
-        run.schedulers.get("optimizer"),
-    )
+    progress, optimizer, scheduler = run.progress, run.optimizers["optimizer"], run.schedulers.get("optimizer")
     if progress.stopped_by is not None:
         return run
+    refuse_closure(optimizer)
     restore_random = run.open_data(train)
     with Session(run) as session:
         begin(cfg, run, validation)
@@ -80,6 +79,8 @@ def steps(cfg: Settings, run: Run, session: Session, loader: Any, resume_by_skip
     progress = run.progress
     if progress.stopped_by is not None:
         return
+    run.total_steps = total_steps(cfg, train)
+    run.console.expect(run.total_steps)
     begin(cfg, run, None)
     stream = train.steps(progress, run.open_data(train)) if train is not None else without_data(run)
     for batch in stream:

@@ -84,6 +84,11 @@ class Loop:
         return self._run.progress.epoch
 
     @property
+    def epoch_ends(self) -> bool:
+        """Whether the step that is running is the last of its epoch."""
+        return self._run.data is not None and self._run.data.at_end
+
+    @property
     def model(self) -> nn.Module:
         """The model, which is the very object that was passed."""
         return self._run.model

@@ -27,7 +27,7 @@ class Checkpoint:
 
     every_n_steps: int | None = None  # save after every n-th step; None: not by steps
     every_n_epochs: int | None = None  # save after every n-th epoch; None: not by epochs
-    keep_last: int = 1  # how many of the newest checkpoints stay
+    keep_last: int = 2  # how many of the newest checkpoints stay; with one, a damaged one has none before it
     keep_best: int = 1  # how many of the best by `monitor` stay; saved when a validation finds them
 
     def __post_init__(self) -> None:

@@ -199,6 +199,18 @@ def test_evaluate_logs_monitors_and_can_stop() -> None:
     assert result.best is not None and result.best.name in ("step-00000004", "step-00000008")
 
 
+def test_the_loop_knows_its_length_and_where_an_epoch_ends() -> None:
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    run = trainer(max_epochs=2, accumulate_grad_batches=3).start(net, optimizers={"adam": optimizer})
+    ends = []
+    for batch in run.steps(loader()):
+        run.update(optimizer, step, batch)
+        ends.append(run.epoch_ends)
+    run.finish()
+    assert ends == [False, False, True] * 2
+
+
 def test_breaking_out_of_the_loop_saves_what_is_done() -> None:
     net = model()
     optimizer = AdamW(net.parameters(), lr=1e-2)

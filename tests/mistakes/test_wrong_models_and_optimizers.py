@@ -200,3 +200,15 @@ def test_ignoring_goes_on() -> None:
     net = model()
     assert fit(nan_loss, net=net, nonfinite="ignore", max_steps=6).step == 6
     assert not all(parameter.isfinite().all() for parameter in net.parameters())
+
+
+def test_an_optimizer_that_needs_a_closure() -> None:
+    net = model()
+    refused(
+        ModelError,
+        "LBFGS",
+        "several times in one step",
+        "run.steps",
+        net=net,
+        optimizer=torch.optim.LBFGS(net.parameters()),
+    )
