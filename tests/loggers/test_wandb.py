@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,16 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def records(run_dir: str) -> list[list[Record]]:
-    """Return what each W&B run's file in a run's folder holds, oldest first."""
-    return [read(path) for path in sorted(Path(run_dir).glob("wandb/offline-run-*/run-*.wandb"))]
+    """Return what each W&B run's file in a run's folder holds, oldest first.
+
+    W&B's own process writes them, and its finish() can return before the last of it is on the disk.
+    """
+    for _ in range(200):
+        found = [read(path) for path in sorted(Path(run_dir).glob("wandb/offline-run-*/run-*.wandb"))]
+        if found and all(any(record.HasField("exit") for record in file) for file in found):
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"a file of W&B in {run_dir} does not end as it should")
 
 
 def read(path: Path) -> list[Record]:
