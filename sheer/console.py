@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from sheer.errors import SheerWarning
 from sheer.progress import Progress
 
 if TYPE_CHECKING:
@@ -44,10 +47,17 @@ class Console:
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
-        if self._live is not None:
-            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(line, file=self.file, flush=True)
+        try:
+            if self._live is not None:
+                self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(line, file=self.file, flush=True)
+        except OSError as error:  # a closed pipe, as behind `| head`
+            self.close()
+            self.file = Path(os.devnull).open("w")  # noqa: SIM115
+            warnings.warn(
+                f"The console cannot print any more, and training goes on: {error}.", SheerWarning, stacklevel=2
+            )
 
     def open(self, progress: Progress, total: int | None) -> None:
         """Start to show the run that `progress` counts, of `total` steps if that is known."""

@@ -211,11 +211,16 @@ def overridden(settings: Settings, changes: Mapping[str, str]) -> Settings:
 
 
 def read_literal(text: str) -> Any:
-    """Read a value as Python writes it (50, 0.1, None, True); anything else is a string."""
+    """Read a value as Python or a shell writes it (50, 1e3, 0.1, None, true); anything else is a string."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+    whole = isinstance(value, float) and value.is_integer() and "." not in text
+    return int(value) if whole else value
 
 
 def _replace(settings: Any, path: str, names: list[str], value: Any) -> Any:
@@ -225,6 +230,8 @@ def _replace(settings: Any, path: str, names: list[str], value: Any) -> Any:
         raise unknown_name(path, known, "The settings")
     if name == "max_time" and isinstance(value, str):
         value = seconds(value)
+    if name == "checkpoint" and not rest and isinstance(value, bool):
+        value = Checkpoint() if value else None
     if rest:
         inner = getattr(settings, name)
         if inner is None and name == "checkpoint":

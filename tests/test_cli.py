@@ -12,6 +12,7 @@ import pytest
 
 from sheer.cli import read_changes
 from sheer.errors import SettingsError
+from sheer.settings import Settings, overridden
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,6 +63,20 @@ def test_run_names_an_unknown_setting_before_the_script_starts() -> None:
 def test_assignments_are_read_strictly(assignment: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         read_changes([assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "name", "value"),
+    [
+        ("fast_dev_run=true", "fast_dev_run", True),
+        ("max_steps=1e3", "max_steps", 1000),
+        ("checkpoint=false", "checkpoint", None),
+        ("limit_train_batches=1.0", "limit_train_batches", 1.0),
+    ],
+)
+def test_values_are_read_as_a_shell_writes_them(assignment: str, name: str, value: object) -> None:
+    read = getattr(overridden(Settings(), read_changes([assignment])), name)
+    assert read == value and type(read) is type(value)
 
 
 def test_a_duration_can_be_set_as_a_clock() -> None:

@@ -257,6 +257,18 @@ def test_with_several_loaders_at_once() -> None:
     assert_resumes_exactly(5, 7, 12, make_loader=lambda: {"a": loader(16), "b": loader(30)}, step=both)
 
 
+def test_loaders_in_a_dict_have_orders_of_their_own() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(net: nn.Module, batches: Any) -> Tensor:
+        seen.append((batches["a"][0], batches["b"][0]))
+        return step(net, batches["a"])["loss"]
+
+    net = model()
+    trainer(max_epochs=1).fit(net, look, {"a": loader(), "b": loader()}, optimizer=AdamW(net.parameters()))
+    assert not any(torch.equal(a, b) for a, b in seen)
+
+
 def generated() -> Any:
     class Batches:
         def __iter__(self) -> Iterator[Any]:

@@ -205,6 +205,21 @@ def test_a_device_that_is_live_shows_a_bar_without_a_line_for_each_log_point() -
     assert "val/loss" in out.getvalue() and "train/loss" not in out.getvalue()
 
 
+def test_a_closed_output_does_not_stop_the_training() -> None:
+    class Closed:
+        def isatty(self) -> bool:
+            return False
+
+        def write(self, text: str) -> int:
+            raise BrokenPipeError("closed")
+
+        def flush(self) -> None: ...
+
+    with pytest.warns(sheer.SheerWarning, match="cannot print any more"):
+        result = fit(max_steps=3, loggers=[sheer.Console(live=False, file=Closed())])  # type: ignore[arg-type]
+    assert result.step == 3
+
+
 def test_predict_yields_batch_by_batch_and_keeps_the_callers_gradients_on() -> None:
     read = []
 

@@ -81,7 +81,13 @@ def make_source(loader: Any, *, seed: int, device: torch.device, resume_by_skipp
         DataError: `loader` is empty.
     """
     if isinstance(loader, Mapping):
-        return CombinedSource({name: make_source(part, seed=seed, device=device) for name, part in loader.items()})
+        # Each its own order: with one seed, sample i of one would always come with sample i of the other.
+        seeds = (seed if index == 0 else mix_seed(seed, index) for index in itertools.count())
+        sources = {
+            name: make_source(part, seed=own, device=device)
+            for (name, part), own in zip(loader.items(), seeds, strict=False)
+        }
+        return CombinedSource(sources)
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         return StatefulSource(loader)
     if isinstance(loader, DataLoader) and _is_map_style(loader) and type(loader).__iter__ is DataLoader.__iter__:
