@@ -48,8 +48,8 @@ class Settings:
     gradient_clip_val: float | None = None  # clip gradients to this norm, or to this absolute value
     gradient_clip_algorithm: ClipAlgorithm = "norm"  # what `gradient_clip_val` bounds
     accumulate_grad_batches: int = 1  # batches of the loader in one step
-    micro_batch_size: int | None = None  # samples in one forward pass; None: the whole batch at once
-    scheduler_interval: SchedulerInterval = "step"  # what the scheduler counts
+    micro_batch_size: int | None = None  # samples in one forward pass of training; None: the whole batch at once
+    scheduler_interval: SchedulerInterval = "step"  # what moves the scheduler: each step, epoch or validation
     nonfinite: NonFinite = "raise"  # what a NaN or infinite loss or gradient does
     log_every_n_steps: int = 50  # steps between two log points; the only points where the host waits for the device
     validate_every_n_steps: int | None = None  # steps between validations; None: at the end of each epoch
