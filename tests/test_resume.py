@@ -305,6 +305,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken() -> None:
     assert_equal(resumed, whole)
 
 
+def test_a_damaged_checkpoint_counts_for_nothing_when_the_run_goes_on_from_an_older_one() -> None:
+    """It is of a later step than those that are saved next, which must not be deleted in its favour."""
+    run("run", stop_at=12, checkpoint=sheer.Checkpoint(every_n_steps=6, keep_last=2))
+    newest = Path("run/checkpoints/step-00000012")
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    with pytest.warns(sheer.SheerWarning, match=r"model\.safetensors"):
+        run("run", stop_at=9, checkpoint=sheer.Checkpoint(keep_last=1))
+    assert Path("run/checkpoints/last").readlink().name == "step-00000009"
+    assert not newest.exists()
+    assert run("run")["lines"][-1]["step"] == 21
+
+
 def test_settings_that_change_the_steps_are_refused_with_the_list_of_them() -> None:
     run("run", stop_at=5)
     with pytest.raises(sheer.RunError, match=r"gradient_clip_val: None then, 1.0 now") as error:
