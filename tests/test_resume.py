@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import sheer
 from sheer.checkpoint.optimizer import NamedOptimizer
@@ -175,6 +183,26 @@ def test_with_samplers_that_draw_their_own_indices() -> None:
         assert_resumes_exactly(5, 7, 16, make_loader=make)
 
 
+@pytest.mark.parametrize("stop", [5, 7, 12])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_a_generator_that_the_sampler_shares_with_its_loader(stop: int, workers: int) -> None:
+    def make() -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(3)
+        sampler = WeightedRandomSampler(torch.arange(1.0, 101.0), 100, generator=generator)
+        return DataLoader(dataset(), batch_size=16, sampler=sampler, generator=generator, num_workers=workers)
+
+    assert_resumes_exactly(stop, make_loader=make)
+
+
+@pytest.mark.parametrize("stop", [5, 7, 14])
+def test_with_workers_that_persist_and_a_sampler_of_its_own(stop: int) -> None:
+    def make() -> DataLoader[Any]:
+        sampler = WeightedRandomSampler(torch.arange(1.0, 101.0), 100)
+        return DataLoader(dataset(), batch_size=16, sampler=sampler, num_workers=1, persistent_workers=True)
+
+    assert_resumes_exactly(stop, make_loader=make)
+
+
 class CountedReads(Dataset[Any]):
     """Counts how often a sample is read."""
 
@@ -243,6 +271,53 @@ def test_with_torchdatas_stateful_loader(workers: int) -> None:
     assert_equal(resumed["lines"], whole["lines"])
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("stop", "limit"), [(7, None), (14, None), (3, 3), (4, 3), (6, 3)])
+def test_with_torchdatas_stateful_loader_at_the_end_of_an_epoch(stop: int, limit: int | None, shuffle: bool) -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def make() -> Any:
+        return StatefulDataLoader(dataset(), batch_size=16, shuffle=shuffle)
+
+    whole = run("whole", make_loader=make, limit_train_batches=limit)
+    run("stopped", stop_at=stop, make_loader=make, limit_train_batches=limit)
+    resumed = run("stopped", make_loader=make, limit_train_batches=limit)
+    assert_equal(resumed["lines"], whole["lines"])
+    assert_equal(resumed["weights"], whole["weights"])
+
+
+class CountsItsEpochs:
+    """A loader with a length and a state, which says behind its last batch that an epoch is over."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = dataset().tensors
+        yield from zip((x + self.epoch).split(16), y.split(16), strict=True)
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+
+
+def test_a_loader_with_a_state_is_brought_to_its_end_as_a_for_loop_does() -> None:
+    made = []
+
+    def make() -> Any:
+        made.append(CountsItsEpochs())
+        return made[-1]
+
+    assert_resumes_exactly(7, 14, make_loader=make)
+    assert made[0].epoch == 3 and made[-1].epoch == 3
+
+
 def test_with_a_list_of_batches() -> None:
     x, y = dataset().tensors
     assert_resumes_exactly(5, 9, make_loader=lambda: list(zip(x.split(16), y.split(16), strict=True)))
@@ -255,6 +330,52 @@ def test_with_several_loaders_at_once() -> None:
         return step(net, batches["a"])["loss"] + step(net, batches["b"])["loss"]
 
     assert_resumes_exactly(5, 7, 12, make_loader=lambda: {"a": loader(16), "b": loader(30)}, step=both)
+
+
+@pytest.mark.parametrize("stop", [5, 7, 12])
+def test_with_several_loaders_of_which_a_shorter_one_draws_its_own_indices(stop: int) -> None:
+    def first(net: nn.Module, batches: Any) -> Tensor:
+        if not isinstance(batches, dict):
+            return step(net, batches)["loss"]
+        return step(net, batches["a"])["loss"] + step(net, batches["b"])["loss"]
+
+    def make() -> Any:
+        sampler = WeightedRandomSampler(torch.arange(1.0, 101.0), 100)
+        return {"a": loader(16), "b": DataLoader(dataset(), batch_size=30, sampler=sampler)}
+
+    assert_resumes_exactly(stop, make_loader=make, step=first)
+
+
+def test_a_shorter_loader_goes_on_with_the_indices_it_has_drawn_when_the_longest_starts_anew() -> None:
+    seen: list[int] = []
+
+    def keep(net: nn.Module, batches: Any) -> Tensor:
+        seen.extend(batches["b"].tolist())
+        return net(batches["a"][0]).mean()
+
+    sampler = SubsetRandomSampler(range(4))
+    short = DataLoader(torch.arange(4), batch_size=1, sampler=sampler)  # type: ignore[arg-type]
+    net = model()
+    trainer(max_epochs=2).fit(net, keep, {"a": loader(17), "b": short}, optimizer=AdamW(net.parameters()))
+    assert [sorted(seen[at : at + 4]) for at in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 9])
+def test_without_a_length_with_accumulation_and_validation_by_steps(stop: int) -> None:
+    settings = {"accumulate_grad_batches": 2, "micro_batch_size": 6, "validate_every_n_steps": 3}
+    assert_resumes_exactly(stop, make_loader=Stream, **settings)
+    assert_resumes_exactly(stop, make_loader=generated, fit={"resume_by_skipping": True}, **settings)
+
+
+@pytest.mark.parametrize("stop", [5, 7, 10])
+def test_with_averages_a_plateau_and_early_stopping(stop: int) -> None:
+    assert_resumes_exactly(
+        stop,
+        make_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, factor=0.5, patience=0),
+        make_callbacks=lambda: [sheer.EMA(0.9, start_step=6), sheer.EarlyStopping(patience=4)],
+        monitor="val/loss",
+        validate_every_n_steps=3,
+    )
 
 
 def generated() -> Any:
