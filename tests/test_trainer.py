@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -360,3 +361,71 @@ def test_load_weights_takes_a_run_a_checkpoint_or_a_file() -> None:
         other = model()
         sheer.load_weights(other, source, which)
         assert_same(other.state_dict(), net.state_dict())
+
+
+def test_a_signal_that_comes_in_the_last_validation_still_ends_the_process() -> None:
+    class Stops:
+        def on_validation_end(self, step: int, metrics: Any) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as left:
+        fit(val=loader(50), max_steps=4, checkpoint=True, callbacks=[Stops()], run_dir="run")
+    assert left.value.code == 85
+    assert Path("run/checkpoints/last").readlink().name == "step-00000004"
+
+
+def test_the_trial_of_the_validation_draws_nothing_from_its_loaders_generator() -> None:
+    seen = []
+
+    def keep(net: nn.Module, batch: Any) -> Tensor:
+        seen.append(batch[0][0, 0].item())
+        return loss_step(net, batch)
+
+    valid = loader(50, generator=torch.Generator().manual_seed(1))
+    net = model()
+    trainer(max_epochs=1).fit(net, step, loader(), valid, eval_step=keep, optimizer=AdamW(net.parameters()))
+    first_by_hand = next(iter(loader(50, generator=torch.Generator().manual_seed(1))))[0][0, 0].item()
+    assert seen[1] == first_by_hand  # seen[0] is the trial's
+
+
+def test_a_step_may_be_an_object_that_has_no_hash() -> None:
+    @dataclass
+    class Weighted:
+        weight: float
+
+        def __call__(self, net: nn.Module, batch: Any, step: int) -> Tensor:
+            return self.weight * step * loss_step(net, batch)
+
+    net = model()
+    assert trainer(max_steps=2).fit(net, Weighted(0.5), loader(), optimizer=AdamW(net.parameters())).step == 2
+
+
+def test_the_iterator_of_an_epoch_is_gone_when_the_next_is_made() -> None:
+    """It may hold workers."""
+    alive: list[weakref.ref[Any]] = []
+
+    class Batches:
+        def __init__(self) -> None:
+            self.left = list(loader())
+
+        def __iter__(self) -> Batches:
+            return self
+
+        def __next__(self) -> Any:
+            if not self.left:
+                raise StopIteration
+            return self.left.pop()
+
+    class Loader:
+        def __len__(self) -> int:
+            return 7
+
+        def __iter__(self) -> Iterator[Any]:
+            assert all(ref() is None for ref in alive)
+            made = Batches()
+            alive.append(weakref.ref(made))
+            return made
+
+    net = model()
+    trainer(max_epochs=3, limit_train_batches=3).fit(net, step, Loader(), optimizer=AdamW(net.parameters()))
+    assert len(alive) == 3
