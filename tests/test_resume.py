@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -480,3 +481,48 @@ def test_the_weights_alone_serve_without_sheer() -> None:
     net = model()
     net.load_state_dict(load_file("whole/checkpoints/last/model.safetensors"))
     assert_same(net.state_dict(), whole["weights"])
+
+
+def test_the_time_of_earlier_sessions_counts() -> None:
+    class Slow:
+        def on_step_start(self, step: int, model: nn.Module, batch: Any) -> None:
+            if step == 20:
+                time.sleep(0.3)
+
+    def seconds() -> float:
+        return json.loads(Path("run/checkpoints/last/state.json").read_text())["progress"]["seconds"]
+
+    run("run", stop_at=20, make_callbacks=lambda: [Slow()])
+    before = seconds()
+    run("run")
+    assert seconds() > before >= 0.3
+
+
+def test_from_a_checkpoint_of_another_run_the_loggers_start_anew() -> None:
+    class Kept:
+        def __init__(self) -> None:
+            self.loaded: list[dict[str, Any]] = []
+
+        def start(self, info: Any) -> None: ...
+
+        def log(self, step: int, metrics: Any) -> None: ...
+
+        def close(self) -> None: ...
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"id": "the first run's"}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.loaded.append(state)
+
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    for settings, loaded in (
+        ({"run_dir": "run"}, []),
+        ({"run_dir": "run", "resume": "auto", "max_epochs": 4}, [{"id": "the first run's"}]),
+        ({"run_dir": "new", "resume": "run", "max_epochs": 5}, []),
+    ):
+        logger = Kept()
+        made = trainer(loggers=[logger], checkpoint=True, **settings)  # type: ignore[arg-type]
+        made.fit(net, step, loader(), optimizer=optimizer)
+        assert logger.loaded == loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import signal
 import time
 import weakref
@@ -388,6 +389,26 @@ def test_the_trial_of_the_validation_draws_nothing_from_its_loaders_generator() 
     assert seen[1] == first_by_hand  # seen[0] is the trial's
 
 
+def test_a_validation_is_in_the_precision_of_the_training() -> None:
+    seen = []
+
+    def keep(net: nn.Module, batch: Any) -> Tensor:
+        seen.append(net(batch[0]).dtype)
+        return loss_step(net, batch)
+
+    made = trainer(max_steps=1, precision="bf16-mixed")
+    net = model()
+    made.fit(net, step, loader(), loader(50), eval_step=keep, optimizer=AdamW(net.parameters()))
+    made.test(net, keep, loader(50))
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_the_last_step_is_logged_before_it_is_validated() -> None:
+    fit(val=loader(50), max_steps=7, log_every_n_steps=50, run_dir="run")
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert ["train/loss" in line for line in lines] == [True, False]
+
+
 def test_a_step_may_be_an_object_that_has_no_hash() -> None:
     @dataclass
     class Weighted:
@@ -429,3 +450,36 @@ def test_the_iterator_of_an_epoch_is_gone_when_the_next_is_made() -> None:
     net = model()
     trainer(max_epochs=3, limit_train_batches=3).fit(net, step, Loader(), optimizer=AdamW(net.parameters()))
     assert len(alive) == 3
+
+
+def test_the_trial_of_the_validation_leaves_buffers_that_change_in_eval_mode() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 1)
+            self.register_buffer("evaluated", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                self.evaluated += 1
+            return self.linear(x)
+
+    net = Counts()
+    fit(net=net, val=loader(50), max_epochs=1)
+    assert net.evaluated.item() == 2  # the batches of the one validation
+
+
+def test_workers_that_persist_end_with_the_run_also_while_its_error_is_held() -> None:
+    def fails(net: nn.Module, batch: Any, step: int) -> Tensor:
+        if step == 3:
+            raise ValueError("in the step")
+        return loss_step(net, batch)
+
+    before = set(multiprocessing.active_children())
+    net = model()
+    with pytest.raises(ValueError, match="in the step") as held:
+        trainer(max_steps=5).fit(
+            net, fails, loader(num_workers=1, persistent_workers=True), optimizer=AdamW(net.parameters())
+        )
+    assert set(multiprocessing.active_children()) == before
+    assert held.value.__traceback__ is not None
