@@ -188,7 +188,7 @@ def events_of(callbacks: Sequence[object]) -> Events:
     Raises:
         SettingsError: an object has none of the events, or a method that looks like one and is not, or takes other arguments.
     """
-    if not isinstance(callbacks, Iterable):
+    if not isinstance(callbacks, Sequence):  # a generator would be empty at the second look
         raise SettingsError(f"callbacks must be a list, not a {type(callbacks).__name__}: callbacks=[...].")
     for callback in callbacks:
         _check(callback)

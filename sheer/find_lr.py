@@ -98,7 +98,7 @@ def find_lr(
         fit(cfg, Plugins([sweep], [silent]), model, step, loader, None, step, optimizer, None, False)
     finally:
         if sweep.run_dir is not None:
-            shutil.rmtree(sweep.run_dir)
+            shutil.rmtree(sweep.run_dir, ignore_errors=True)  # it is gone where the first step failed
         optimizer.zero_grad()
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
@@ -120,6 +120,8 @@ def sweep_settings(settings: Settings, steps: int) -> Settings:
             monitor=None,
             monitor_mode="min",
             log_every_n_steps=1,
+            validate_every_n_steps=None,
+            validate_first=False,
             nonfinite="ignore",
         )
     )

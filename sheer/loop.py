@@ -69,7 +69,7 @@ def fit(
             if end_step(cfg, run, batch, validation, session):
                 break
         finish(cfg, run, validation)
-    leave_if_told(run)
+    leave_if_told(run, session.signals.received)
     return run
 
 
@@ -87,16 +87,20 @@ def steps(cfg: Settings, run: Run, session: Session, loader: Any, resume_by_skip
         progress.step, run.batch = progress.step + 1, batch
         for callback in run.events.step_start:
             callback.on_step_start(progress.step, run.model, batch)
-        if batch is None:
-            yield progress.step
-        else:
-            yield batch if cfg.accumulate_grad_batches > 1 else batch[0][0]
+        try:
+            if batch is None:
+                yield progress.step
+            else:
+                yield batch if cfg.accumulate_grad_batches > 1 else batch[0][0]
+        except GeneratorExit:  # a break: this step was made too
+            count_batches(run, batch)
+            raise
         if end_step(cfg, run, batch, None, session):
             break
     if is_signal(progress.stopped_by):
         finish(cfg, run, None)
         session.__exit__(None, None, None)
-        leave_if_told(run)
+        leave_if_told(run, session.signals.received)
 
 
 def without_data(run: Run) -> Iterator[None]:
@@ -123,11 +127,7 @@ def begin(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
 def end_step(cfg: Settings, run: Run, batch: StepBatch | None, validation: Evaluation | None, session: Session) -> bool:
     """Count the step, then do what is due: log, validate, callbacks, save. Returns whether it was the last."""
     progress, events = run.progress, run.events
-    at_end = run.data is not None and run.data.at_end
-    for _, samples in batch or ():
-        progress.batch, progress.samples = progress.batch + 1, progress.samples + samples
-    if at_end:
-        progress.epoch, progress.batch = progress.epoch + 1, 0
+    at_end = count_batches(run, batch)
     stop = duration_over(cfg, run) or progress.stopped_by
 
     if progress.step % cfg.log_every_n_steps == 0 or stop is not None:
@@ -150,6 +150,16 @@ def end_step(cfg: Settings, run: Run, batch: StepBatch | None, validation: Evalu
     return progress.stopped_by is not None
 
 
+def count_batches(run: Run, batch: StepBatch | None) -> bool:
+    """Count what a step was trained on. Returns whether an epoch ended with it."""
+    progress, at_end = run.progress, run.data is not None and run.data.at_end
+    for _, samples in batch or ():
+        progress.batch, progress.samples = progress.batch + 1, progress.samples + samples
+    if at_end:
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+    return at_end
+
+
 def validation_is_due(cfg: Settings, step: int, at_end: bool) -> bool:
     """Whether a validation comes after this step: every n steps, or at the end of each epoch."""
     return at_end if cfg.validate_every_n_steps is None else step % cfg.validate_every_n_steps == 0
@@ -164,7 +174,7 @@ def save_is_due(cfg: Settings, run: Run, at_end: bool) -> bool:
         return True
     if at_end and every.every_n_epochs is not None and run.progress.epoch % every.every_n_epochs == 0:
         return True
-    return run.validated_at == run.progress.step and is_among_best(cfg, run)
+    return is_among_best(cfg, run)
 
 
 def save_and_tell(cfg: Settings, run: Run) -> None:

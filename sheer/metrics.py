@@ -33,8 +33,9 @@ def mean(values: Tensor, mask: Tensor | None = None) -> Mean:
     """Make the `Mean` of `values`, of any shape; with a `mask` (broadcast over them, bool or weights) of those it selects."""
     if mask is None:
         return Mean(values.sum(), values.numel())
-    weights = mask.expand_as(values).to(values.dtype)
-    return Mean((values * weights).sum(), weights.sum())
+    weights = mask.expand_as(values)
+    counted = weights.sum(dtype=torch.promote_types(values.dtype, torch.float32))  # 16 bits cannot count to 1,001
+    return Mean((values * weights.to(values.dtype)).sum(), counted)
 
 
 @runtime_checkable

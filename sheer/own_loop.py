@@ -16,10 +16,10 @@ from sheer.data.batch import StepBatch, count_samples
 from sheer.errors import SettingsError
 from sheer.loop import finish, result, steps, validate
 from sheer.run import Result, Run
-from sheer.session import Session
+from sheer.session import Session, leave_if_told
 from sheer.settings import Settings, unknown_name
 from sheer.start import Plugins, evaluation_of, start
-from sheer.step import Step, apply, backward
+from sheer.step import Step, apply, backward, scale_gradients
 
 
 def start_loop(
@@ -59,7 +59,6 @@ class Loop:
         self._cfg, self._run = cfg, run
         self._session = Session(run)
         self._session.__enter__()
-        self._pending: list[Step] = []
         self._finished = False
 
     def __enter__(self) -> Loop:
@@ -130,8 +129,9 @@ class Loop:
     def backward(self, step: Step, batch: Any, optimizer: Optimizer | None = None) -> Any:
         """Add the gradients of a step's loss to what the parameters hold; returns what the step returned."""
         run = self._run
-        parts = batch if isinstance(batch, StepBatch) else StepBatch([(batch, count_samples(batch))])
-        run.numbered |= {step} if takes_step_number(step, model=run.model) else set()
+        parts = self._with_samples(batch)
+        if takes_step_number(step, model=run.model) and step not in run.numbered:
+            run.numbered = (*run.numbered, step)
         name = next((name for name, own in run.optimizers.items() if own is optimizer), None)
         prefix = f"{name}/" if name is not None and len(run.optimizers) > 1 else ""
         held = (
@@ -149,7 +149,10 @@ class Loop:
     def apply(self, optimizer: Optimizer) -> None:
         """Clip the gradients of an optimizer's parameters, update them, clear the gradients, and move its scheduler."""
         name = next(name for name, own in self._run.optimizers.items() if own is self._known(optimizer))
+        before = self._run.scale
         apply(self._cfg, self._run, optimizer, self._run.schedulers.get(name))
+        if self._run.scale != before:  # gradients that wait for another optimizer carry the factor from before
+            scale_gradients(self._run, self._run.scale / before)
 
     def log(self, metrics: Mapping[str, Any], samples: int = 1) -> None:
         """Add values to the metrics of training, to be logged as `train/<name>` at the next log point."""
@@ -171,7 +174,17 @@ class Loop:
             if self._run.progress.step > self._run.info.start_step:
                 finish(self._cfg, self._run, None)
             self._session.__exit__(None, None, None)
+            leave_if_told(self._run, self._session.signals.received)
         return result(self._run)
+
+    def _with_samples(self, batch: Any) -> StepBatch:
+        """Return a batch with its number of samples, which is known from the order where it is the one that `steps` yielded."""
+        if isinstance(batch, StepBatch):
+            return batch
+        yielded: StepBatch | None = self._run.batch
+        if yielded is not None and len(yielded) == 1 and batch is yielded[0][0]:
+            return yielded
+        return StepBatch([(batch, count_samples(batch))])
 
     def _known(self, optimizer: Optimizer) -> Optimizer:
         if not any(own is optimizer for own in self._run.optimizers.values()):

@@ -51,7 +51,7 @@ class Run:
     plateaus: dict[str, ReduceLROnPlateau]  # the schedulers that follow the monitored metric
     scaler: torch.amp.GradScaler | None  # only for "16-mixed"
     compute: Compute
-    numbered: frozenset[Callable[..., Any]]  # the step functions that take the step's number
+    numbered: tuple[Callable[..., Any], ...]  # the step functions that take the step's number; objects need no hash
     parameters: dict[Optimizer, list[nn.Parameter]]  # what each optimizer updates, in the model's order
     events: Events
     callbacks: dict[str, Any]  # those that have state

@@ -42,7 +42,10 @@ def save(cfg: Settings, run: Run) -> Path:
         ) from error
     keep_best = cfg.checkpoint.keep_best if cfg.checkpoint is not None else 0
     keep_last = cfg.checkpoint.keep_last if cfg.checkpoint is not None else 1
-    store.prune(run.checkpoints, keep_last=keep_last, keep_best=keep_best, monitor=cfg.monitor, mode=cfg.monitor_mode)
+    step = run.progress.step
+    store.prune(
+        run.checkpoints, step, keep_last=keep_last, keep_best=keep_best, monitor=cfg.monitor, mode=cfg.monitor_mode
+    )
     return path
 
 
@@ -71,7 +74,10 @@ def is_among_best(cfg: Settings, run: Run) -> bool:
     ):
         return False
     value = run.last_metrics[cfg.monitor]
-    best = store.ranked(store.committed(run.checkpoints), cfg.monitor, cfg.monitor_mode)[: cfg.checkpoint.keep_best]
+    saves = [
+        saved for saved in store.committed(run.checkpoints) if saved.step < run.progress.step
+    ]  # later: see `prune`
+    best = store.ranked(saves, cfg.monitor, cfg.monitor_mode)[: cfg.checkpoint.keep_best]
     if len(best) < cfg.checkpoint.keep_best:
         return value == value
     worst = best[-1].metrics[cfg.monitor]

@@ -10,7 +10,7 @@ import torch
 from sheer.data.batch import describe
 from sheer.run import Run
 from sheer.rundir import forget, is_new, write_record
-from sheer.signals import EXIT_STATUS, StopSignals, is_signal
+from sheer.signals import EXIT_STATUS, StopSignals
 
 
 class Session:
@@ -19,8 +19,10 @@ class Session:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.signals = StopSignals()
+        self._open = False
 
     def __enter__(self) -> Session:
+        self._open = True
         write_record(self.run.info.run_dir, self.run.record)
         self.run.loggers.start(self.run.info)
         self.run.console.open(self.run.progress, self.run.total_steps)
@@ -30,17 +32,25 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._open:  # one's own loop was left by a signal, or finished, inside its `with`
+            return
+        self._open = False
         self.signals.__exit__(kind, error, trace)
-        if error is not None:
-            for callback in self.run.events.exception:
-                callback.on_exception(error)
-            error.add_note(self._where(error))
+        try:
+            if error is not None:
+                error.add_note(self._where(error))
+                for callback in self.run.events.exception:
+                    callback.on_exception(error)
+        finally:  # a callback may fail, too
+            self._close()
+        if error is not None and self.run.progress.step <= 1 and is_new(self.run.record) and self.run.saved is None:
+            forget(self.run.info.run_dir)
+
+    def _close(self) -> None:
         if self.run.data is not None:
             self.run.data.source.close()
         self.run.loggers.close()
         self.run.console.close()
-        if error is not None and self.run.progress.step <= 1 and is_new(self.run.record) and self.run.saved is None:
-            forget(self.run.info.run_dir)
 
     def _where(self, error: BaseException) -> str:
         """Say in which step an error happened, on which batch, with how much memory in use."""
@@ -62,15 +72,16 @@ class Session:
         return "; ".join(lines) + "."
 
 
-def leave_if_told(run: Run) -> None:
-    """End the process if a signal stopped the run: nothing of the script that comes after the training is to run.
+def leave_if_told(run: Run, signal: str | None) -> None:
+    """End the process if a signal came, also one that came while the last step was validated or saved.
+
+    Nothing of the script that comes after the training is to run.
 
     Raises:
-        SystemExit: with status 85, which tells a scheduler that the run is not over.
+        SystemExit: with status 85, which tells a scheduler to start the script again.
     """
-    reason = run.progress.stopped_by
-    if not is_signal(reason) or hasattr(sys, "ps1"):  # at a prompt there is no process to end
+    if signal is None or hasattr(sys, "ps1"):  # at a prompt there is no process to end
         return
     where = f"saved in {run.checkpoints / 'last'}" if run.saved else "not saved, since checkpoint=False"
-    print(f"stopped by {reason} after step {run.progress.step:,}, {where}", file=sys.stderr, flush=True)
+    print(f"stopped by {signal} after step {run.progress.step:,}, {where}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_STATUS)

@@ -31,7 +31,7 @@ from sheer.checkpoint import store
 from sheer.checkpoint.codec import encode
 from sheer.console import Console, clock
 from sheer.data.feed import TrainingData
-from sheer.data.source import check_loader, make_source
+from sheer.data.source import check_loader, generators_of, make_source
 from sheer.errors import ModelError, RunError, SettingsError, SheerWarning
 from sheer.evaluation import Evaluation, evaluate, named_loaders
 from sheer.events import Follows, RunInfo, events_of, named
@@ -88,7 +88,7 @@ def start(
     optimizers: Mapping[str, Optimizer | Callable[[nn.Module], Optimizer]],
     schedulers: Mapping[str, Any],
     data: TrainingData | None,
-    numbered: frozenset[Callable[..., Any]] = frozenset(),
+    numbered: tuple[Callable[..., Any], ...] = (),
 ) -> Run:
     """Make a run out of what the user passed; where one is to be resumed, bring it to where its checkpoint was made.
 
@@ -238,19 +238,23 @@ def try_validation(cfg: Settings, run: Run, validation: Evaluation) -> None:
         SettingsError: `monitor` names no metric of the validation.
     """
     states, buffers = random_state(), {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+    generators = [g for _, loader in named_loaders(validation.loaders) for g in generators_of(loader)]
+    drawn_from = [generator.get_state() for generator in generators]
     metrics, _ = evaluate(
         run.model, dataclasses.replace(validation, limit=1), run.compute, run.events, run.progress.step
     )
     set_random_state(states)
+    for generator, state in zip(generators, drawn_from, strict=True):
+        generator.set_state(state)
     with torch.no_grad():
         for name, buffer in run.model.named_buffers():
             buffer.copy_(buffers[name])
     check_monitor(cfg, run, metrics)
 
 
-def numbered(model: nn.Module, *steps: Callable[..., Any]) -> frozenset[Callable[..., Any]]:
+def numbered(model: nn.Module, *steps: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
     """Return those step functions that take the number of the step."""
-    return frozenset(step for step in steps if takes_step_number(step, model=model))
+    return tuple(step for step in steps if takes_step_number(step, model=model))
 
 
 def evaluation_of(

@@ -130,6 +130,8 @@ def count_skipped(run: Run) -> None:
         NonFiniteError: there were too many in a row, so the run is not going anywhere.
     """
     progress = run.progress
+    if progress.last_skipped == progress.step:  # by another optimizer of the same step
+        return
     progress.skipped += 1
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if progress.last_skipped == progress.step - 1 else 1
     progress.last_skipped = progress.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,31 @@ def test_the_docs_have_a_section_for_each_callback() -> None:
     classes = [name for text in modules for name in re.findall(r"^class ([A-Z]\w*)", text, re.MULTILINE)]
     assert sorted(sections) == sorted(classes)
     assert all(hasattr(sheer, name) for name in classes)
+
+
+def test_a_callback_that_fails_at_an_error_does_not_keep_the_loggers_open() -> None:
+    closed = []
+
+    class Kept:
+        def start(self, info: Any) -> None: ...
+
+        def log(self, step: int, metrics: Any) -> None: ...
+
+        def close(self) -> None:
+            closed.append(True)
+
+    class Fails:
+        def on_exception(self, error: BaseException) -> None:
+            raise RuntimeError("in the callback")
+
+    def bad(net: nn.Module, batch: Any) -> Any:
+        if net.training:
+            raise ValueError("in the step")
+        return step(net, batch)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="in the callback") as caught:
+        fitted(Fails(), step=bad, loggers=[Kept()])
+    assert isinstance(caught.value.__context__, ValueError)
+    assert "In step 1" in caught.value.__context__.__notes__[0]
+    assert closed == [True] and signal.getsignal(signal.SIGINT) is before

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 import sheer
@@ -115,3 +115,21 @@ def test_the_picture_and_the_errors(tmp_path: Path) -> None:
     net = nn.Linear(6, 1)
     with pytest.raises(sheer.SettingsError, match="min_lr must be above 0 and below max_lr"):
         sheer.find_lr(net, step, loader(), SGD(net.parameters()), min_lr=1.0, max_lr=0.1)
+
+
+def test_an_error_of_the_step_comes_through_and_all_is_as_it_was() -> None:
+    def bad(net: nn.Module, batch: Any) -> Tensor:
+        net(batch[0])
+        raise ValueError("in the step")
+
+    net = model()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="in the step"):
+        sheer.find_lr(net, bad, loader(), SGD(net.parameters(), lr=0.1))
+    assert_same(net.state_dict(), before)
+
+
+def test_what_the_trainer_validates_is_no_matter() -> None:
+    net = model()
+    settings = sheer.Settings(max_epochs=1, device="cpu", validate_every_n_steps=5, validate_first=True)
+    assert len(sheer.find_lr(net, step, loader(), SGD(net.parameters(), lr=0.1), steps=5, settings=settings).lrs) == 5

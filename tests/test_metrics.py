@@ -157,3 +157,10 @@ def test_one_name_is_of_one_kind() -> None:
     metrics.add({"loss": 1.0}, 1)
     with pytest.raises(StepError, match="the same kind each time"):
         metrics.add({"loss": sheer.Mean(1.0, 1)}, 1)
+
+
+def test_a_mean_of_sixteen_bit_values_counts_exactly() -> None:
+    values = torch.ones(1001, dtype=torch.bfloat16)
+    assert float(sheer.mean(values, torch.ones(1001, dtype=torch.bool)).count) == 1001
+    nothing = sheer.mean(values.half(), torch.zeros(1001))
+    assert nothing.count.dtype == torch.float32  # type: ignore[union-attr]

@@ -236,3 +236,129 @@ def test_with_accumulation_the_batches_of_a_step_are_handed_on_as_they_are() -> 
         run.finish()
     for name, value in net.state_dict().items():
         torch.testing.assert_close(value, whole.state_dict()[name])
+
+
+def test_breaking_out_of_the_loop_counts_the_batches_of_the_last_step() -> None:
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    run = trainer(max_steps=100, checkpoint=True, run_dir="run").start(net, optimizers={"adam": optimizer})
+    for batch in run.steps(loader()):
+        run.update(optimizer, step, batch)
+        if run.step == 7:
+            break
+    assert run.finish().epoch == 1
+    progress = json.loads(Path("run/checkpoints/last/state.json").read_text())["progress"]
+    assert (progress["step"], progress["batch"], progress["samples"]) == (7, 0, 100)
+
+
+def test_a_signal_within_a_with_block_leaves_as_without_it() -> None:
+    told: list[BaseException] = []
+
+    class Told:
+        def on_exception(self, error: BaseException) -> None:
+            told.append(error)
+
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    made = trainer(max_steps=100, checkpoint=True, run_dir="run", callbacks=[Told()])
+    with pytest.raises(SystemExit) as left, made.start(net, optimizers={"adam": optimizer}) as run:
+        for batch in run.steps(loader()):
+            run.update(optimizer, step, batch)
+            if run.step == 3:
+                signal.raise_signal(signal.SIGTERM)
+    assert left.value.code == 85 and told == []
+    assert Path("run/checkpoints/last").readlink().name == "step-00000003"
+
+
+def test_an_error_after_the_end_of_the_run_comes_through() -> None:
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    with (
+        pytest.raises(ValueError, match="after the end"),
+        trainer(max_steps=1).start(net, optimizers={"a": optimizer}) as run,
+    ):
+        for batch in run.steps(loader()):
+            run.update(optimizer, step, batch)
+        run.finish()
+        raise ValueError("after the end")
+
+
+def test_samples_are_those_of_the_order_where_the_batch_does_not_show_them() -> None:
+    def collate(items: list[Any]) -> dict[str, Tensor]:
+        return {"edges": torch.zeros(2, 7), "x": torch.stack([x for x, _ in items])}
+
+    def first(net: nn.Module, batch: Any) -> Tensor:
+        return net(batch["x"]).mean()
+
+    results = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(6, 1)
+        optimizer = SGD(net.parameters(), lr=0.1)
+        made = trainer(max_epochs=1)
+        if own:
+            run = made.start(net, optimizers={"sgd": optimizer})
+            for batch in run.steps(loader(collate_fn=collate)):
+                run.update(optimizer, first, batch)
+            results.append(run.finish().metrics)
+        else:
+            results.append(made.fit(net, first, loader(collate_fn=collate), optimizer=optimizer).metrics)
+    assert results[0] == results[1]
+
+
+def test_a_step_that_several_optimizers_skip_is_skipped_once_and_the_cap_holds() -> None:
+    def bad(part: str) -> Any:
+        return lambda net, batch: net[part](batch).mean() * float("nan")
+
+    net = nn.ModuleDict({"d": nn.Linear(6, 1), "g": nn.Linear(6, 1)})
+    d, g = SGD(net["d"].parameters(), lr=0.1), SGD(net["g"].parameters(), lr=0.1)
+    made = trainer(max_steps=150, nonfinite="skip")
+    with (
+        pytest.raises(sheer.NonFiniteError, match="in 100 steps in a row, up to step 100"),
+        made.start(net, optimizers={"d": d, "g": g}) as run,
+    ):
+        for _ in run.steps():
+            run.update(d, bad("d"), torch.randn(4, 6))
+            run.update(g, bad("g"), torch.randn(4, 6))
+
+
+def test_a_scale_that_grows_between_two_optimizers_leaves_the_gradients_of_the_second() -> None:
+    """Both have their gradients before either is updated; growing is seen after the first update."""
+    net = nn.Linear(6, 1)
+    before = net.bias.item()
+    first, second = SGD([net.weight], lr=0.1), SGD([net.bias], lr=0.1)
+    run = trainer(max_steps=1, precision="16-mixed").start(net, optimizers={"first": first, "second": second})
+    run._run.scaler.set_growth_interval(1)  # type: ignore[union-attr]
+    for _ in run.steps():
+        run.backward(lambda net, batch: net(batch).float().mean() * 0.01, torch.randn(8, 6))
+        run.apply(first)
+        run.apply(second)
+    run.finish()
+    assert net.bias.item() == pytest.approx(before - 0.1 * 0.01, rel=1e-3)
+
+
+def test_an_evaluation_that_stops_the_loop_and_averages_resume_exactly() -> None:
+    def train(folder: str, stop_at: int | None = None) -> tuple[nn.Module, str]:
+        sheer.seed_everything(0)
+        net = model()
+        optimizer = AdamW(net.parameters(), lr=1e-2)
+        callbacks = [sheer.EarlyStopping(patience=2, min_delta=2.0), sheer.EMA(0.9)]
+        run = trainer(
+            max_epochs=4, run_dir=folder, resume="auto", checkpoint=True, monitor="val/loss", callbacks=callbacks
+        ).start(net, optimizers={"adam": optimizer})
+        for batch in run.steps(loader()):
+            run.update(optimizer, step, batch)
+            if run.step == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+            if run.step % 3 == 0:
+                run.evaluate(step, loader(50, shuffle=False))
+        return net, run.finish().stopped_by
+
+    whole, reason = train("whole")
+    assert reason.startswith("EarlyStopping")
+    for stop in (3, 5):
+        with pytest.raises(SystemExit):
+            train(f"stopped-{stop}", stop)
+        again, again_reason = train(f"stopped-{stop}")
+        assert_same(again.state_dict(), whole.state_dict())
+        assert again_reason == reason

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import sheer
 from sheer.checkpoint.optimizer import NamedOptimizer
@@ -175,6 +184,26 @@ def test_with_samplers_that_draw_their_own_indices() -> None:
         assert_resumes_exactly(5, 7, 16, make_loader=make)
 
 
+@pytest.mark.parametrize("stop", [5, 7, 12])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_a_generator_that_the_sampler_shares_with_its_loader(stop: int, workers: int) -> None:
+    def make() -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(3)
+        sampler = WeightedRandomSampler(torch.arange(1.0, 101.0), 100, generator=generator)
+        return DataLoader(dataset(), batch_size=16, sampler=sampler, generator=generator, num_workers=workers)
+
+    assert_resumes_exactly(stop, make_loader=make)
+
+
+@pytest.mark.parametrize("stop", [5, 7, 14])
+def test_with_workers_that_persist_and_a_sampler_of_its_own(stop: int) -> None:
+    def make() -> DataLoader[Any]:
+        sampler = WeightedRandomSampler(torch.arange(1.0, 101.0), 100)
+        return DataLoader(dataset(), batch_size=16, sampler=sampler, num_workers=1, persistent_workers=True)
+
+    assert_resumes_exactly(stop, make_loader=make)
+
+
 class CountedReads(Dataset[Any]):
     """Counts how often a sample is read."""
 
@@ -243,6 +272,53 @@ def test_with_torchdatas_stateful_loader(workers: int) -> None:
     assert_equal(resumed["lines"], whole["lines"])
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("stop", "limit"), [(7, None), (14, None), (3, 3), (4, 3), (6, 3)])
+def test_with_torchdatas_stateful_loader_at_the_end_of_an_epoch(stop: int, limit: int | None, shuffle: bool) -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def make() -> Any:
+        return StatefulDataLoader(dataset(), batch_size=16, shuffle=shuffle)
+
+    whole = run("whole", make_loader=make, limit_train_batches=limit)
+    run("stopped", stop_at=stop, make_loader=make, limit_train_batches=limit)
+    resumed = run("stopped", make_loader=make, limit_train_batches=limit)
+    assert_equal(resumed["lines"], whole["lines"])
+    assert_equal(resumed["weights"], whole["weights"])
+
+
+class CountsItsEpochs:
+    """A loader with a length and a state, which says behind its last batch that an epoch is over."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = dataset().tensors
+        yield from zip((x + self.epoch).split(16), y.split(16), strict=True)
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+
+
+def test_a_loader_with_a_state_is_brought_to_its_end_as_a_for_loop_does() -> None:
+    made = []
+
+    def make() -> Any:
+        made.append(CountsItsEpochs())
+        return made[-1]
+
+    assert_resumes_exactly(7, 14, make_loader=make)
+    assert made[0].epoch == 3 and made[-1].epoch == 3
+
+
 def test_with_a_list_of_batches() -> None:
     x, y = dataset().tensors
     assert_resumes_exactly(5, 9, make_loader=lambda: list(zip(x.split(16), y.split(16), strict=True)))
@@ -267,6 +343,52 @@ def test_loaders_in_a_dict_have_orders_of_their_own() -> None:
     net = model()
     trainer(max_epochs=1).fit(net, look, {"a": loader(), "b": loader()}, optimizer=AdamW(net.parameters()))
     assert not any(torch.equal(a, b) for a, b in seen)
+
+
+@pytest.mark.parametrize("stop", [5, 7, 12])
+def test_with_several_loaders_of_which_a_shorter_one_draws_its_own_indices(stop: int) -> None:
+    def first(net: nn.Module, batches: Any) -> Tensor:
+        if not isinstance(batches, dict):
+            return step(net, batches)["loss"]
+        return step(net, batches["a"])["loss"] + step(net, batches["b"])["loss"]
+
+    def make() -> Any:
+        sampler = WeightedRandomSampler(torch.arange(1.0, 101.0), 100)
+        return {"a": loader(16), "b": DataLoader(dataset(), batch_size=30, sampler=sampler)}
+
+    assert_resumes_exactly(stop, make_loader=make, step=first)
+
+
+def test_a_shorter_loader_goes_on_with_the_indices_it_has_drawn_when_the_longest_starts_anew() -> None:
+    seen: list[int] = []
+
+    def keep(net: nn.Module, batches: Any) -> Tensor:
+        seen.extend(batches["b"].tolist())
+        return net(batches["a"][0]).mean()
+
+    sampler = SubsetRandomSampler(range(4))
+    short = DataLoader(torch.arange(4), batch_size=1, sampler=sampler)  # type: ignore[arg-type]
+    net = model()
+    trainer(max_epochs=2).fit(net, keep, {"a": loader(17), "b": short}, optimizer=AdamW(net.parameters()))
+    assert [sorted(seen[at : at + 4]) for at in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 9])
+def test_without_a_length_with_accumulation_and_validation_by_steps(stop: int) -> None:
+    settings = {"accumulate_grad_batches": 2, "micro_batch_size": 6, "validate_every_n_steps": 3}
+    assert_resumes_exactly(stop, make_loader=Stream, **settings)
+    assert_resumes_exactly(stop, make_loader=generated, fit={"resume_by_skipping": True}, **settings)
+
+
+@pytest.mark.parametrize("stop", [5, 7, 10])
+def test_with_averages_a_plateau_and_early_stopping(stop: int) -> None:
+    assert_resumes_exactly(
+        stop,
+        make_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, factor=0.5, patience=0),
+        make_callbacks=lambda: [sheer.EMA(0.9, start_step=6), sheer.EarlyStopping(patience=4)],
+        monitor="val/loss",
+        validate_every_n_steps=3,
+    )
 
 
 def generated() -> Any:
@@ -317,6 +439,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken() -> None:
     assert_equal(resumed, whole)
 
 
+def test_a_damaged_checkpoint_counts_for_nothing_when_the_run_goes_on_from_an_older_one() -> None:
+    """It is of a later step than those that are saved next, which must not be deleted in its favour."""
+    run("run", stop_at=12, checkpoint=sheer.Checkpoint(every_n_steps=6, keep_last=2))
+    newest = Path("run/checkpoints/step-00000012")
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    with pytest.warns(sheer.SheerWarning, match=r"model\.safetensors"):
+        run("run", stop_at=9, checkpoint=sheer.Checkpoint(keep_last=1))
+    assert Path("run/checkpoints/last").readlink().name == "step-00000009"
+    assert not newest.exists()
+    assert run("run")["lines"][-1]["step"] == 21
+
+
 def test_settings_that_change_the_steps_are_refused_with_the_list_of_them() -> None:
     run("run", stop_at=5)
     with pytest.raises(sheer.RunError, match=r"gradient_clip_val: None then, 1.0 now") as error:
@@ -359,3 +493,48 @@ def test_the_weights_alone_serve_without_sheer() -> None:
     net = model()
     net.load_state_dict(load_file("whole/checkpoints/last/model.safetensors"))
     assert_same(net.state_dict(), whole["weights"])
+
+
+def test_the_time_of_earlier_sessions_counts() -> None:
+    class Slow:
+        def on_step_start(self, step: int, model: nn.Module, batch: Any) -> None:
+            if step == 20:
+                time.sleep(0.3)
+
+    def seconds() -> float:
+        return json.loads(Path("run/checkpoints/last/state.json").read_text())["progress"]["seconds"]
+
+    run("run", stop_at=20, make_callbacks=lambda: [Slow()])
+    before = seconds()
+    run("run")
+    assert seconds() > before >= 0.3
+
+
+def test_from_a_checkpoint_of_another_run_the_loggers_start_anew() -> None:
+    class Kept:
+        def __init__(self) -> None:
+            self.loaded: list[dict[str, Any]] = []
+
+        def start(self, info: Any) -> None: ...
+
+        def log(self, step: int, metrics: Any) -> None: ...
+
+        def close(self) -> None: ...
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"id": "the first run's"}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.loaded.append(state)
+
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    for settings, loaded in (
+        ({"run_dir": "run"}, []),
+        ({"run_dir": "run", "resume": "auto", "max_epochs": 4}, [{"id": "the first run's"}]),
+        ({"run_dir": "new", "resume": "run", "max_epochs": 5}, []),
+    ):
+        logger = Kept()
+        made = trainer(loggers=[logger], checkpoint=True, **settings)  # type: ignore[arg-type]
+        made.fit(net, step, loader(), optimizer=optimizer)
+        assert logger.loaded == loaded

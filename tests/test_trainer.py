@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import signal
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -376,3 +378,124 @@ def test_load_weights_takes_a_run_a_checkpoint_or_a_file() -> None:
         other = model()
         sheer.load_weights(other, source, which)
         assert_same(other.state_dict(), net.state_dict())
+
+
+def test_a_signal_that_comes_in_the_last_validation_still_ends_the_process() -> None:
+    class Stops:
+        def on_validation_end(self, step: int, metrics: Any) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as left:
+        fit(val=loader(50), max_steps=4, checkpoint=True, callbacks=[Stops()], run_dir="run")
+    assert left.value.code == 85
+    assert Path("run/checkpoints/last").readlink().name == "step-00000004"
+
+
+def test_the_trial_of_the_validation_draws_nothing_from_its_loaders_generator() -> None:
+    seen = []
+
+    def keep(net: nn.Module, batch: Any) -> Tensor:
+        seen.append(batch[0][0, 0].item())
+        return loss_step(net, batch)
+
+    valid = loader(50, generator=torch.Generator().manual_seed(1))
+    net = model()
+    trainer(max_epochs=1).fit(net, step, loader(), valid, eval_step=keep, optimizer=AdamW(net.parameters()))
+    first_by_hand = next(iter(loader(50, generator=torch.Generator().manual_seed(1))))[0][0, 0].item()
+    assert seen[1] == first_by_hand  # seen[0] is the trial's
+
+
+def test_a_validation_is_in_the_precision_of_the_training() -> None:
+    seen = []
+
+    def keep(net: nn.Module, batch: Any) -> Tensor:
+        seen.append(net(batch[0]).dtype)
+        return loss_step(net, batch)
+
+    made = trainer(max_steps=1, precision="bf16-mixed")
+    net = model()
+    made.fit(net, step, loader(), loader(50), eval_step=keep, optimizer=AdamW(net.parameters()))
+    made.test(net, keep, loader(50))
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_the_last_step_is_logged_before_it_is_validated() -> None:
+    fit(val=loader(50), max_steps=7, log_every_n_steps=50, run_dir="run")
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert ["train/loss" in line for line in lines] == [True, False]
+
+
+def test_a_step_may_be_an_object_that_has_no_hash() -> None:
+    @dataclass
+    class Weighted:
+        weight: float
+
+        def __call__(self, net: nn.Module, batch: Any, step: int) -> Tensor:
+            return self.weight * step * loss_step(net, batch)
+
+    net = model()
+    assert trainer(max_steps=2).fit(net, Weighted(0.5), loader(), optimizer=AdamW(net.parameters())).step == 2
+
+
+def test_the_iterator_of_an_epoch_is_gone_when_the_next_is_made() -> None:
+    """It may hold workers."""
+    alive: list[weakref.ref[Any]] = []
+
+    class Batches:
+        def __init__(self) -> None:
+            self.left = list(loader())
+
+        def __iter__(self) -> Batches:
+            return self
+
+        def __next__(self) -> Any:
+            if not self.left:
+                raise StopIteration
+            return self.left.pop()
+
+    class Loader:
+        def __len__(self) -> int:
+            return 7
+
+        def __iter__(self) -> Iterator[Any]:
+            assert all(ref() is None for ref in alive)
+            made = Batches()
+            alive.append(weakref.ref(made))
+            return made
+
+    net = model()
+    trainer(max_epochs=3, limit_train_batches=3).fit(net, step, Loader(), optimizer=AdamW(net.parameters()))
+    assert len(alive) == 3
+
+
+def test_the_trial_of_the_validation_leaves_buffers_that_change_in_eval_mode() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 1)
+            self.register_buffer("evaluated", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                self.evaluated += 1
+            return self.linear(x)
+
+    net = Counts()
+    fit(net=net, val=loader(50), max_epochs=1)
+    assert net.evaluated.item() == 2  # the batches of the one validation
+
+
+def test_workers_that_persist_end_with_the_run_also_while_its_error_is_held() -> None:
+    def fails(net: nn.Module, batch: Any, step: int) -> Tensor:
+        if step == 3:
+            raise ValueError("in the step")
+        return loss_step(net, batch)
+
+    before = set(multiprocessing.active_children())
+    net = model()
+    with pytest.raises(ValueError, match="in the step") as held:
+        trainer(max_steps=5).fit(
+            net, fails, loader(num_workers=1, persistent_workers=True), optimizer=AdamW(net.parameters())
+        )
+    assert set(multiprocessing.active_children()) == before
+    assert held.value.__traceback__ is not None

@@ -206,16 +206,21 @@ def ranked(saves: Sequence[Saved], monitor: str | None, mode: str) -> list[Saved
     return sorted(known, key=lambda saved: (sign * saved.metrics[monitor or ""], saved.step))
 
 
-def prune(directory: Path, *, keep_last: int, keep_best: int, monitor: str | None, mode: str) -> None:
-    """Point `last` and `best` at the newest and the best checkpoint, then delete what is neither among the last nor the best."""
-    saves = committed(directory)
+def prune(directory: Path, step: int, *, keep_last: int, keep_best: int, monitor: str | None, mode: str) -> None:
+    """Point `last` and `best` at the newest and the best checkpoint, then delete what is neither among the last nor the best.
+
+    The newest is that of `step`, which was just written. One of a later step was found damaged, and the run went on from an older
+    one: it counts for nothing, or the good ones would be deleted in its favour.
+    """
+    found = committed(directory)
+    saves = [saved for saved in found if saved.step <= step]
     best = ranked(saves, monitor, mode)[:keep_best]
     kept = {saved.path for saved in [*saves[-keep_last:], *best]}
     if saves:
         _link(directory / "last", saves[-1].path)
     if best:
         _link(directory / "best", best[0].path)
-    for saved in saves:
+    for saved in found:
         if saved.path not in kept:
             (saved.path / MANIFEST).unlink()  # from here on it is no checkpoint, so a cut in between leaves no half one
             shutil.rmtree(saved.path)

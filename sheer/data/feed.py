@@ -78,6 +78,7 @@ class TrainingData:
                     SheerWarning,
                     stacklevel=2,
                 )
+            del opened, batches  # and with them their workers, before the next epoch starts its own
 
     def _epoch(
         self, steps: Iterator[StepBatch], start: int, restore_random: Callable[[], None] | None

@@ -198,7 +198,8 @@ class OwnOrderSource:
             {"batch_sampler": order} if loader.batch_sampler is not None else {"batch_size": None, "sampler": order}
         )
         self.loader = rebuilt(loader, batching, seed=seed, device=device)
-        self.reopens = not loader.persistent_workers
+        self.reopens = True  # what workers that persist draw when they start in a later epoch is undone, in `epoch`
+        self.persistent, self.opened = loader.persistent_workers, False
         self.batches_per_epoch = self.order.length
         name = type(
             loader.batch_sampler if type(loader.batch_sampler) not in (BatchSampler, type(None)) else loader.sampler
@@ -209,7 +210,9 @@ class OwnOrderSource:
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
         """Open an epoch at its batch `start`: the indices before it are drawn again, not read."""
-        self.order.open(epoch, start)
+        late = self.persistent and not self.opened and epoch > 0 and start == 0  # the run goes on; its workers are new
+        self.order.open(epoch, start, self.order.states() if late else None)
+        self.opened = True
         return ((batch, count_samples(batch)) for batch in iter(self.loader))
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,7 +222,7 @@ class OwnOrderSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Draw the indices of the epoch to come under the states that were saved."""
         self.order.drawn_under = state["drawn_under"]
-        self.order.replay = state["drawn_under"] is not None
+        self.order.saved_generators = state["generators"]
         self.order.set_generator_states(state["generators"])
 
     def close(self) -> None:
@@ -237,37 +240,37 @@ class ReplayedSampler(Sampler[Any]):
             getattr(loader.batch_sampler, "sampler", None),
             loader.batch_sampler,
         ]
-        generators = [getattr(owner, "generator", None) for owner in (*self.samplers, loader)]
-        self.generators: list[torch.Generator] = list(
-            {id(g): g for g in generators if isinstance(g, torch.Generator)}.values()
-        )
+        self.generators = generators_of(loader)
         self.length = sized(self.inner)
         self.drawn_under: dict[str, Any] | None = None
-        self.replay = False
+        self.draw_under: dict[str, Any] | None = None
+        self.saved_generators: list[torch.Tensor] | None = None
         self.epoch, self.start = 0, 0
 
-    def open(self, epoch: int, start: int) -> None:
-        """Prepare the next iteration: from `start` on, under the states that are kept if this epoch was begun before."""
-        self.epoch, self.start = epoch, start
+    def open(self, epoch: int, start: int, draw_under: dict[str, Any] | None = None) -> None:
+        """Prepare the next iteration: from `start` on; a new epoch is drawn under the states as they are then, or as given."""
+        self.epoch, self.start, self.draw_under = epoch, start, draw_under
         for sampler in self.samplers:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        now = self._states()
-        replayed = self.replay and self.start > 0
-        if replayed and self.drawn_under is not None:
-            self._set(self.drawn_under)
+        if self.draw_under is not None:
+            self._set(self.draw_under)
+        now, begun, self.draw_under = self.states(), self.drawn_under, None
+        replayed = self.start > 0 and begun is not None
+        if replayed and begun is not None:
+            self._set(begun)
         else:
             self.drawn_under = now
-        self.replay = False
         # All at once where the end is known: what a sampler draws must not mix with what the training draws.
         indices = iter(list(self.inner)) if self.length is not None else iter(self.inner)
         for _ in range(self.start):
             next(indices)
-        if replayed:
-            self._set(now)
-        self.start = 0
+        if replayed:  # a loader that shares its generator with the sampler drew from it to start: not so before
+            generators = now["generators"] if self.saved_generators is None else self.saved_generators
+            self._set({"process": now["process"], "generators": generators})
+        self.start, self.saved_generators = 0, None
         yield from indices
 
     def generator_states(self) -> list[torch.Tensor]:
@@ -279,7 +282,8 @@ class ReplayedSampler(Sampler[Any]):
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
 
-    def _states(self) -> dict[str, Any]:
+    def states(self) -> dict[str, Any]:
+        """Return the states of all that the indices may be drawn from."""
         return {"process": random_state(), "generators": self.generator_states()}
 
     def _set(self, states: dict[str, Any]) -> None:
@@ -295,24 +299,50 @@ class StatefulSource:
         self.batches_per_epoch = sized(loader)
         self.reopens = True
         self.in_workers = False  # its state must be that of the last batch trained on, so nothing is fetched ahead
+        self.ended = True  # whether the loader was iterated to its end, rather than left by a limit
+        self.loaded = False  # whether the next epoch is the first after `load_state_dict`
         self.described = f"from a {type(loader).__name__}, which keeps its own position"
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
         """Open an epoch; a loader that was loaded in the middle of one goes on there."""
+        resumed, self.loaded = self.loaded and start == 0, False
+        states = random_state()
+        if resumed and not self.ended:  # it would go on where a limit left it: be there, and leave it again
+            iter(self.loader)
+            set_random_state(states)
         if start == 0 and hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
-        return ((batch, count_samples(batch)) for batch in iter(self.loader))
+        batches = iter(self.loader)
+        if resumed and self.ended and draws_twice(self.loader):
+            set_random_state(states)
+            iter(DataLoader([0]))  # type: ignore[arg-type]  # draws what one iterator does
+        return self._counted(batches, start)
+
+    def _counted(self, batches: Iterator[Any], start: int) -> Iterator[tuple[Any, int]]:
+        """Yield batches with their samples; before the last is, the loader is brought to its end, as a `for` loop would."""
+        self.ended = False
+        for number, batch in enumerate(batches, start=start + 1):
+            if number == self.batches_per_epoch:
+                self.ended = next(batches, None) is None
+            yield batch, count_samples(batch)
+        self.ended = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loader's own state."""
-        return {"loader": self.loader.state_dict()}
+        return {"loader": self.loader.state_dict(), "ended": self.ended}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give the loader its state back."""
         self.loader.load_state_dict(state["loader"])
+        self.ended, self.loaded = state["ended"], True
 
     def close(self) -> None:
         """Leave the loader, which is the user's, as it is."""
+
+
+def draws_twice(loader: Any) -> bool:
+    """Whether a loader that was loaded at its end makes two iterators from the process's random numbers, as torchdata's does."""
+    return type(loader).__module__.startswith("torchdata.") and loader.generator is None
 
 
 class IterableSource:
@@ -433,6 +463,14 @@ def rebuilt(loader: DataLoader[Any], batching: dict[str, Any], *, seed: int, dev
 def generator_seed(loader: DataLoader[Any], otherwise: int) -> int:
     """Return the seed of the loader's own generator, if it was given one."""
     return loader.generator.initial_seed() if loader.generator is not None else otherwise
+
+
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Return the generators that the user gave to a loader or its samplers, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None), batch_sampler, loader)
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
 
 def sized(loader: Any) -> int | None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from sheer.console import Console
@@ -35,7 +35,7 @@ class Logger(Protocol):
 
 def check_loggers(loggers: Sequence[Logger | Console]) -> None:
     """Raise `SettingsError` for what cannot be told anything."""
-    if not isinstance(loggers, Iterable):
+    if not isinstance(loggers, Sequence):  # a generator would be empty at the second look
         raise SettingsError(f"loggers must be a list, not a {type(loggers).__name__}: loggers=[...].")
     for logger in loggers:
         if isinstance(logger, type):

@@ -98,3 +98,8 @@ def test_what_is_no_logger() -> None:
 
 def test_the_class_of_a_logger() -> None:
     refused(SettingsError, "loggers holds the class JSONL; give an object: JSONL()", loggers=[sheer.JSONL])
+
+
+@pytest.mark.parametrize("name", ["callbacks", "loggers"])
+def test_a_generator_which_would_be_empty_at_the_second_look(name: str) -> None:
+    refused(sheer.SettingsError, f"{name} must be a list, not a generator", **{name: (x for x in [sheer.EMA()])})

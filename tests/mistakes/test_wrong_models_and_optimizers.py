@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 import sheer
 from sheer import ModelError, SettingsError
+from sheer.nonfinite import Watch
 from tests.mistakes.common import fit, linear, refused
 from tests.task import loader, loss_step, model
 
@@ -212,3 +213,20 @@ def test_an_optimizer_that_needs_a_closure() -> None:
         net=net,
         optimizer=torch.optim.LBFGS(net.parameters()),
     )
+
+
+def test_the_first_bad_step_is_named_also_after_thousands_without_a_log_point() -> None:
+    watch = Watch()
+    for number in range(1, 3001):
+        watch.add(number, "loss", torch.tensor(float("nan") if number in (5, 2000) else 1.0))
+    with pytest.raises(sheer.NonFiniteError, match="at step 5"):
+        watch.check()
+    watch.add(3001, "loss", torch.tensor(1.0))
+    watch.check()  # what was reported is forgotten
+
+
+def test_skipped_steps_that_are_not_in_a_row_are_no_reason_to_end() -> None:
+    def every_other(net: nn.Module, batch: Any, step: int) -> torch.Tensor:
+        return net(batch[0]).mean() * (float("nan") if step % 2 else 1.0)
+
+    assert fit(every_other, nonfinite="skip", max_steps=220).step == 220
