@@ -13,13 +13,16 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sheer.errors import RunError, SettingsError
 from sheer.settings import Settings
 from sheer.version import __version__
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 # On resume these may differ: how long, how often, where; nothing that changes what a step computes.
 FREE = frozenset(
@@ -28,6 +31,9 @@ FREE = frozenset(
         "limit_val_batches", "checkpoint", "run_dir", "resume", "detect_anomaly",
     }
 )  # fmt: skip
+
+
+LOCK = ".lock"  # held by the process that trains in a folder
 
 
 def choose_run_dir(cfg: Settings) -> Path:
@@ -125,9 +131,14 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
             temporary.unlink(missing_ok=True)
             if is_new(record):
                 forget(path)
-        raise RunError(
-            f"The run directory {path} cannot be written: {error.strerror}. Give another run_dir, or make room."
-        ) from error
+        raise not_writable(path, error) from error
+
+
+def not_writable(path: Path, error: OSError) -> RunError:
+    """Build the error for a folder that nothing can be written to."""
+    return RunError(
+        f"The run directory {path} cannot be written: {error.strerror}. Give another run_dir, or make room."
+    )
 
 
 def is_new(record: Mapping[str, Any]) -> bool:
@@ -141,6 +152,7 @@ def forget(path: Path) -> None:
     lines = path / "metrics.jsonl"
     if lines.exists() and lines.stat().st_size == 0:
         lines.unlink()
+    (path / LOCK).unlink(missing_ok=True)
     for folder in (path / "checkpoints", path):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -166,6 +178,27 @@ def refuse_differences(path: Path, before: Mapping[str, Any], now: Mapping[str, 
             + "\n".join(differing)
             + "\nPut them back, or give another run_dir. Durations, cadences and loggers may change."
         )
+
+
+def lock(path: Path) -> FileLock:
+    """Take a run's folder for this process, until it is released or the process ends.
+
+    Raises:
+        RunError: another process trains in it, as after a start by mistake or by a cluster that did not end the first.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(path / LOCK)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(
+            f"Another process is training in {path} at this moment. Wait for it, stop it, or give another run_dir."
+        ) from error
+    except OSError as error:
+        raise not_writable(path, error) from error
+    return held
 
 
 def session() -> dict[str, Any]:

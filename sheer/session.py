@@ -8,8 +8,9 @@ from types import TracebackType
 import torch
 
 from sheer.data.batch import describe
+from sheer.errors import RunError
 from sheer.run import Run
-from sheer.rundir import forget, is_new, write_record
+from sheer.rundir import forget, is_new, lock, write_record
 from sheer.signals import EXIT_STATUS, StopSignals
 
 
@@ -22,8 +23,13 @@ class Session:
         self._open = False
 
     def __enter__(self) -> Session:
+        self._lock = lock(self.run.info.run_dir)
+        try:
+            write_record(self.run.info.run_dir, self.run.record)
+        except RunError:
+            self._lock.release()
+            raise
         self._open = True
-        write_record(self.run.info.run_dir, self.run.record)
         self.run.loggers.start(self.run.info)
         self.run.console.open(self.run.progress, self.run.total_steps)
         self.signals.__enter__()
@@ -51,6 +57,7 @@ class Session:
             self.run.data.source.close()
         self.run.loggers.close()
         self.run.console.close()
+        self._lock.release()
 
     def _where(self, error: BaseException) -> str:
         """Say in which step an error happened, on which batch, with how much memory in use."""

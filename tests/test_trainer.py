@@ -156,6 +156,17 @@ def test_the_last_and_the_best_checkpoints_stay() -> None:
     assert result.last is not None and result.last.name == "step-00000050"
 
 
+def test_a_second_process_in_the_same_folder_is_refused() -> None:
+    from filelock import FileLock
+
+    fit(run_dir="run", max_steps=2, checkpoint=True)
+    before = Path("run/run.json").read_text()
+    with FileLock("run/.lock"), pytest.raises(sheer.RunError, match="Another process is training in run"):
+        fit(run_dir="run", max_steps=4, checkpoint=True, resume="auto")
+    assert Path("run/run.json").read_text() == before
+    assert fit(run_dir="run", max_steps=4, checkpoint=True, resume="auto").step == 4
+
+
 def test_what_a_run_leaves() -> None:
     @dataclass
     class Parameters:
