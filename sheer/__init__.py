@@ -36,11 +36,11 @@ from sheer.metrics import Figure, Image, Mean, Text, mean
 from sheer.own_loop import Loop
 from sheer.random import seed_everything
 from sheer.run import Result
-from sheer.saving import load_weights
 from sheer.schedules import warmup_cosine, warmup_linear, warmup_stable_decay
 from sheer.settings import Checkpoint, Settings
 from sheer.trainer import Trainer
 from sheer.version import __version__
+from sheer.weights import load_weights
 
 __all__ = [
     "CSV",

@@ -17,10 +17,11 @@ from sheer.evaluation import Compute, Evaluation, evaluate, named_loaders, predi
 from sheer.events import Events, RunInfo, events_of
 from sheer.loggers.base import Loggers
 from sheer.metrics import Media
-from sheer.saving import load_weights
+from sheer.plugins import Plugins
 from sheer.settings import Settings
-from sheer.start import Plugins, set_backends
+from sheer.start import set_backends
 from sheer.step import Step
+from sheer.weights import load_weights
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from sheer.console import Console
 from sheer.errors import SettingsError
 from sheer.events import RunInfo
 from sheer.loop import fit
+from sheer.plugins import Plugins
 from sheer.random import random_state, set_random_state
 from sheer.schedules import set_rate
 from sheer.settings import Settings, expanded
-from sheer.start import Plugins
 from sheer.step import Step
 
 DIVERGED = 4.0  # times the lowest loss, in its smoothed course: what comes after it tells nothing

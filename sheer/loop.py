@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from sheer.build import refuse_closure
+from sheer.checks import check_monitor, refuse_unfollowed, try_validation
 from sheer.console import clock
 from sheer.data.batch import StepBatch
+from sheer.due import duration_over, save_is_due, validation_is_due
 from sheer.evaluation import Evaluation, evaluate
+from sheer.plugins import Plugins
 from sheer.random import set_random_state
-from sheer.run import Result, Run
-from sheer.saving import is_among_best, save
+from sheer.run import Run
+from sheer.saving import save
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings
 from sheer.signals import is_signal
-from sheer.start import (
-    Plugins,
-    check_monitor,
-    duration_over,
-    evaluation_of,
-    numbered,
-    refuse_unfollowed,
-    start,
-    total_steps,
-    training_data,
-    try_validation,
-)
+from sheer.start import evaluation_of, numbered, start, total_steps, training_data
 from sheer.step import Step, apply, backward
 
 
@@ -160,23 +151,6 @@ def count_batches(run: Run, batch: StepBatch | None) -> bool:
     return at_end
 
 
-def validation_is_due(cfg: Settings, step: int, at_end: bool) -> bool:
-    """Whether a validation comes after this step: every n steps, or at the end of each epoch."""
-    return at_end if cfg.validate_every_n_steps is None else step % cfg.validate_every_n_steps == 0
-
-
-def save_is_due(cfg: Settings, run: Run, at_end: bool) -> bool:
-    """Whether a checkpoint comes after this step: every n steps or epochs, or because it is among the best."""
-    every = cfg.checkpoint
-    if every is None:
-        return False
-    if every.every_n_steps is not None and run.progress.step % every.every_n_steps == 0:
-        return True
-    if at_end and every.every_n_epochs is not None and run.progress.epoch % every.every_n_epochs == 0:
-        return True
-    return is_among_best(cfg, run)
-
-
 def save_and_tell(cfg: Settings, run: Run) -> None:
     """Save, and tell the callbacks."""
     run.saved = save(cfg, run)
@@ -241,21 +215,3 @@ def finish(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
     run.console.say(
         f"done: {progress.stopped_by} after step {progress.step:,} and {clock(run.seconds)}; {run.info.run_dir}"
     )
-
-
-def result(run: Run) -> Result:
-    """Return how a run ended."""
-    return Result(
-        step=run.progress.step,
-        epoch=run.progress.epoch,
-        metrics=run.last_metrics,
-        best=linked(run.checkpoints / "best"),
-        last=linked(run.checkpoints / "last"),
-        stopped_by=run.progress.stopped_by or "",
-        run_dir=run.info.run_dir,
-    )
-
-
-def linked(link: Path) -> Path | None:
-    """Return the checkpoint that a link points to, or None where there is no such link."""
-    return link.parent / link.readlink() if link.is_symlink() else None

@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from sheer.build import takes_step_number
 from sheer.data.batch import StepBatch, count_samples
 from sheer.errors import SettingsError
-from sheer.loop import finish, result, steps, validate
-from sheer.run import Result, Run
+from sheer.loop import finish, steps, validate
+from sheer.plugins import Plugins
+from sheer.run import Result, Run, result
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings, unknown_name
-from sheer.start import Plugins, evaluation_of, start
+from sheer.start import evaluation_of, start
 from sheer.step import Step, apply, backward, scale_gradients
 
 

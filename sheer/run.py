@@ -162,3 +162,21 @@ class Run:
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a model's state by name; what else `get_extra_state` may add is left out."""
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def result(run: Run) -> Result:
+    """Return how a run ended."""
+    return Result(
+        step=run.progress.step,
+        epoch=run.progress.epoch,
+        metrics=run.last_metrics,
+        best=linked(run.checkpoints / "best"),
+        last=linked(run.checkpoints / "last"),
+        stopped_by=run.progress.stopped_by or "",
+        run_dir=run.info.run_dir,
+    )
+
+
+def linked(link: Path) -> Path | None:
+    """Return the checkpoint that a link points to, or None where there is no such link."""
+    return link.parent / link.readlink() if link.is_symlink() else None

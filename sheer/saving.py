@@ -1,18 +1,16 @@
-"""A run's checkpoints: what goes into one, and how a run goes on from one."""
+"""A run's checkpoints: what goes into one, and which are kept."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sheer.checkpoint import store
-from sheer.checkpoint.codec import decode, encode
-from sheer.errors import NonFiniteError, RunError, SheerWarning
+from sheer.checkpoint.codec import encode
+from sheer.errors import NonFiniteError, RunError
 from sheer.run import Run, tensors_of
 from sheer.settings import Settings
 
@@ -82,97 +80,3 @@ def is_among_best(cfg: Settings, run: Run) -> bool:
         return value == value
     worst = best[-1].metrics[cfg.monitor]
     return value < worst if cfg.monitor_mode == "min" else value > worst
-
-
-def restore(run: Run, path: Path, *, same_run: bool) -> None:
-    """Bring a run to where a checkpoint was made. The checkpoint was verified."""
-    tensors = store.read_tensors(path, "state")
-    weights, trained = store.read_tensors(path, "model"), store.read_tensors(path, "training")
-    extra = decode(store.read_text(path, "extra"), tensors)
-    load_model(run.model, {**(trained or weights), **extra}, path)
-    run.load_state_dict(decode(store.read_text(path, "state"), tensors), same_run=same_run)
-    if trained and run.averaging is not None:
-        run.averaging.load_averages(weights)
-
-
-def load_model(model: nn.Module, state: dict[str, Any], source: Path, *, strict: bool = True) -> None:
-    """Load weights by name.
-
-    Raises:
-        RunError: names or shapes differ, and `strict`; all of them are listed.
-    """
-    own = model.state_dict()
-    missing, more = [name for name in own if name not in state], sorted(name for name in state if name not in own)
-    shapes = [
-        f"{name} is {list(value.shape)} here and {list(state[name].shape)} there"
-        for name, value in own.items()
-        if isinstance(value, Tensor) and isinstance(state.get(name), Tensor) and value.shape != state[name].shape
-    ]
-    if shapes or (strict and (missing or more)):
-        lines = [f"  not in {source.name}: {', '.join(missing)}"] * bool(missing)
-        lines += [f"  not in the model: {', '.join(more)}"] * bool(more)
-        lines += [f"  {line}" for line in shapes]
-        raise RunError(f"The weights in {source} are of another model:\n" + "\n".join(lines))
-    with torch.no_grad():
-        model.load_state_dict(state, strict=strict)
-
-
-def newest_good(directory: Path) -> Path | None:
-    """Return the newest checkpoint in a folder that verifies; each newer one that does not is warned of."""
-    for saved in reversed(store.committed(directory)):
-        try:
-            store.verify(saved.path)
-        except RunError as error:
-            warnings.warn(f"{error} Going back to the checkpoint before it.", SheerWarning, stacklevel=2)
-        else:
-            return saved.path
-    return None
-
-
-def checkpoint_in(source: str | Path, which: str = "last") -> Path:
-    """Return the checkpoint that a path means: itself, or the last or best of a run's directory.
-
-    Raises:
-        RunError: there is no checkpoint.
-    """
-    path = Path(source)
-    if (path / store.MANIFEST).is_file():
-        return path.resolve()
-    for candidate in (path / "checkpoints" / which, path / which):
-        if (candidate / store.MANIFEST).is_file():
-            return candidate.resolve()
-    there = [saved.path.name for saved in store.committed(path / "checkpoints")] if path.is_dir() else []
-    hint = f" It has {', '.join(there)}, but no {which!r}: was `monitor` set?" if there else ""
-    raise RunError(
-        f"{path} holds no checkpoint.{hint} Give a run's directory or one of its checkpoints/step-... folders."
-    )
-
-
-def load_weights(model: nn.Module, source: str | Path, which: str = "best", *, strict: bool = True) -> Path:
-    """Load the weights of a run or checkpoint into a model, and return the checkpoint they are from.
-
-    Args:
-        model: takes the weights, in place.
-        source: a run's directory, a checkpoint's directory, or a safetensors file.
-        which: of a run's directory, "best" or "last".
-        strict: raise an error where names are missing or superfluous; shapes must fit in any case.
-
-    Raises:
-        RunError: there is no such checkpoint, it is damaged, or it is of another model.
-    """
-    path = Path(source)
-    if path.is_file():
-        from safetensors.torch import load_file
-
-        try:
-            state = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise RunError(
-                f"{path} is no safetensors file, or a damaged one: {error}. Give a run's directory, a checkpoint's, or a .safetensors file."
-            ) from error
-        load_model(model, state, path, strict=strict)
-        return path
-    path = checkpoint_in(path, which)
-    store.verify(path)
-    load_model(model, dict(store.read_tensors(path, "model")), path, strict=strict)
-    return path

@@ -17,9 +17,10 @@ from sheer.console import Console
 from sheer.evaluate_alone import Reporter, evaluate_alone, predict_alone
 from sheer.launch import overrides
 from sheer.loggers.base import Logger
-from sheer.loop import fit, result
+from sheer.loop import fit
 from sheer.own_loop import Loop, start_loop
-from sheer.run import Result
+from sheer.plugins import Plugins
+from sheer.run import Result, result
 from sheer.settings import (
     Checkpoint,
     ClipAlgorithm,
@@ -34,7 +35,6 @@ from sheer.settings import (
     seconds,
     unknown_name,
 )
-from sheer.start import Plugins
 from sheer.step import Step
 
 

@@ -1,0 +1,35 @@
+"""What is due after a step, by the settings and the counters: a validation, a save, the end."""
+
+from __future__ import annotations
+
+from sheer.run import Run
+from sheer.saving import is_among_best
+from sheer.settings import Settings
+
+
+def duration_over(cfg: Settings, run: Run) -> str | None:
+    """Return which of the run's durations is over, or None."""
+    if cfg.max_epochs is not None and run.progress.epoch >= cfg.max_epochs:
+        return "max_epochs"
+    if cfg.max_steps is not None and run.progress.step >= cfg.max_steps:
+        return "max_steps"
+    if cfg.max_time is not None and run.seconds >= cfg.max_time:
+        return "max_time"
+    return None
+
+
+def validation_is_due(cfg: Settings, step: int, at_end: bool) -> bool:
+    """Whether a validation comes after this step: every n steps, or at the end of each epoch."""
+    return at_end if cfg.validate_every_n_steps is None else step % cfg.validate_every_n_steps == 0
+
+
+def save_is_due(cfg: Settings, run: Run, at_end: bool) -> bool:
+    """Whether a checkpoint comes after this step: every n steps or epochs, or because it is among the best."""
+    every = cfg.checkpoint
+    if every is None:
+        return False
+    if every.every_n_steps is not None and run.progress.step % every.every_n_steps == 0:
+        return True
+    if at_end and every.every_n_epochs is not None and run.progress.epoch % every.every_n_epochs == 0:
+        return True
+    return is_among_best(cfg, run)

@@ -1,0 +1,19 @@
+"""What a trainer holds besides its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sheer.console import Console
+from sheer.loggers.base import Logger
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """Objects, which cannot be written down."""
+
+    callbacks: Sequence[object] = ()
+    loggers: Sequence[Logger | Console] = ()
+    hparams: Any = None
