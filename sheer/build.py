@@ -96,6 +96,10 @@ def build_optimizer(model: nn.Module, optimizer: Optimizer | Callable[[nn.Module
         ModelError: it is no optimizer.
     """
     built = optimizer
+    if isinstance(optimizer, str):
+        raise ModelError(
+            f"optimizer is the string {optimizer!r}. Give PyTorch's own object: torch.optim.AdamW(model.parameters(), lr=1e-3), say."
+        )
     if isinstance(optimizer, type):
         raise ModelError(
             f"optimizer is the class {optimizer.__name__}. Give an object, or a function such as lambda model: {optimizer.__name__}(model.parameters(), lr=...)."
@@ -184,6 +188,11 @@ def build_scheduler(scheduler: Any, optimizer: Optimizer, total_steps: int | Non
     if scheduler is None:
         return None
     built = scheduler
+    if isinstance(scheduler, str):
+        raise ModelError(
+            f"scheduler is the string {scheduler!r}. Give sheer.warmup_cosine(warmup_steps=...), warmup_linear or warmup_stable_decay, a "
+            "scheduler of torch.optim.lr_scheduler, or a function of (optimizer, total_steps)."
+        )
     if isinstance(scheduler, type):
         raise ModelError(
             f"scheduler is the class {scheduler.__name__}. Give an object, or a function of (optimizer, total_steps)."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,10 @@ from sheer.plugins import Plugins
 from sheer.random import random_state, set_random_state
 from sheer.run import Run
 from sheer.settings import Settings
+
+HIGHER_IS_BETTER = frozenset(
+    {"acc", "accuracy", "auc", "auroc", "f1", "precision", "recall", "r2", "bleu", "iou", "map", "psnr", "ssim"}
+)
 
 
 def check_start(cfg: Settings, plugins: Plugins, model: nn.Module) -> None:
@@ -40,6 +45,13 @@ def check_start(cfg: Settings, plugins: Plugins, model: nn.Module) -> None:
         raise ModelError(
             f"The model's {', '.join(lazy[:3])} {'has' if len(lazy) == 1 else 'have'} no shape yet. Call the model once on a batch before "
             "the optimizer is built."
+        )
+    words = set(re.split(r"[^a-z0-9]+", (cfg.monitor or "").lower()))
+    if cfg.monitor_mode == "min" and words & HIGHER_IS_BETTER and not words & {"loss", "error"}:
+        warnings.warn(
+            f'monitor={cfg.monitor!r} with monitor_mode="min" keeps the checkpoint where it is lowest. If more is better, set monitor_mode="max".',
+            SheerWarning,
+            stacklevel=2,
         )
     averaging = [type(callback).__name__ for callback in plugins.callbacks if hasattr(callback, "averages")]
     if len(averaging) > 1:

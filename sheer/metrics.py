@@ -261,10 +261,17 @@ def _to_host(columns: list[Tensor]) -> list[list[float]]:
 def _computed_values(name: str, value: Any) -> dict[str, float]:
     """Read what a metric object computed: a number, or a mapping of numbers."""
     if isinstance(value, Mapping):
-        return {f"{name}/{key}": float(item) for key, item in value.items()}
+        return {
+            key: item for own, part in value.items() for key, item in _computed_values(f"{name}/{own}", part).items()
+        }
     if isinstance(value, Tensor) and value.numel() > 1:
         return {f"{name}/{index}": item for index, item in enumerate(value.flatten().tolist())}
-    return {name: float(value)}
+    if isinstance(value, (Tensor, int, float)) and (not isinstance(value, Tensor) or value.numel() == 1):
+        return {name: float(value)}
+    shown = f"tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise StepError(
+        f"The metric {name!r} computed a {shown}, which is no number to log. Log it yourself, or leave it out of what the step returns."
+    )
 
 
 def _cannot_be_a_metric(name: str, value: object) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sheer.errors import RunError, SettingsError
+from sheer.launch import overrides
 from sheer.settings import Settings
 from sheer.version import __version__
 
@@ -205,12 +206,18 @@ def session() -> dict[str, Any]:
     """Describe this start: when, by which command, from which state of the code, on what."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [sys.executable, *sys.argv],
+        "command": command(),
         "script": str(script()),
         "git": git_state(script().parent),
         "versions": {"sheer": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "host": platform.node(),
     }
+
+
+def command() -> list[str]:
+    """Return the command that repeats this start, with what `sheer run --set` sets."""
+    changes = [word for name, value in overrides().items() for word in ("--set", f"{name}={value}")]
+    return [sys.executable, *(["-m", "sheer", "run", *changes] if changes else []), *sys.argv]
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -13,24 +13,24 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sheer.errors import SettingsError
 
-Schedule = Callable[[Optimizer, int], LambdaLR]
+Schedule = Callable[[Optimizer, int], LambdaLR]  # what `fit(scheduler=...)` takes
 
 
 def warmup_cosine(warmup_steps: int, final_factor: float = 0.0) -> Schedule:
     """Rise linearly over `warmup_steps`, then fall along half a cosine to `final_factor` of the rate (Loshchilov, Hutter 2017)."""
-    _check(warmup_steps, final_factor)
+    check_schedule(warmup_steps, final_factor)
     return functools.partial(_scheduler, functools.partial(cosine_factor, warmup=warmup_steps, final=final_factor))
 
 
 def warmup_linear(warmup_steps: int, final_factor: float = 0.0) -> Schedule:
     """Rise linearly over `warmup_steps`, then fall linearly to `final_factor` of the rate."""
-    _check(warmup_steps, final_factor)
+    check_schedule(warmup_steps, final_factor)
     return functools.partial(_scheduler, functools.partial(linear_factor, warmup=warmup_steps, final=final_factor))
 
 
 def warmup_stable_decay(warmup_steps: int, decay_steps: int, final_factor: float = 0.0) -> Schedule:
     """Rise over `warmup_steps`, stay, and fall linearly over the last `decay_steps` (WSD; Hu et al. 2024, MiniCPM)."""
-    _check(warmup_steps, final_factor)
+    check_schedule(warmup_steps, final_factor)
     if decay_steps < 0:
         raise SettingsError(f"decay_steps must be at least 0, not {decay_steps}.")
     factor = functools.partial(stable_decay_factor, warmup=warmup_steps, decay=decay_steps, final=final_factor)
@@ -65,7 +65,8 @@ def _scheduler(factor: Callable[..., float], optimizer: Optimizer, total_steps: 
     return LambdaLR(optimizer, functools.partial(factor, total=total_steps))
 
 
-def _check(warmup_steps: int, final_factor: float) -> None:
+def check_schedule(warmup_steps: int, final_factor: float) -> None:
+    """Raise `SettingsError` for what no schedule can be made of."""
     if warmup_steps < 0:
         raise SettingsError(f"warmup_steps must be at least 0, not {warmup_steps}.")
     if not 0.0 <= final_factor <= 1.0:

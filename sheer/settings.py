@@ -227,7 +227,7 @@ def _replace(settings: Any, path: str, names: list[str], value: Any) -> Any:
     name, *rest = names
     known = [field.name for field in dataclasses.fields(settings)]
     if name not in known:
-        raise unknown_name(path, known, "The settings")
+        raise unknown_name(path, known, "Settings")
     if name == "max_time" and isinstance(value, str):
         value = seconds(value)
     if name == "checkpoint" and not rest and isinstance(value, bool):

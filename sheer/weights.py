@@ -56,10 +56,12 @@ def checkpoint_in(source: str | Path, which: str = "last") -> Path:
         if (candidate / store.MANIFEST).is_file():
             return candidate.resolve()
     there = [saved.path.name for saved in store.committed(path / "checkpoints")] if path.is_dir() else []
-    hint = f" It has {', '.join(there)}, but no {which!r}: was `monitor` set?" if there else ""
-    raise RunError(
-        f"{path} holds no checkpoint.{hint} Give a run's directory or one of its checkpoints/step-... folders."
-    )
+    if there:
+        reason = "was `monitor` set?" if which == "best" else "the link was lost."
+        raise RunError(
+            f"{path} has no {which!r} checkpoint: {reason} There are {', '.join(there)} in {path / 'checkpoints'}; give one of them."
+        )
+    raise RunError(f"{path} holds no checkpoint. Give a run's directory or one of its checkpoints/step-... folders.")
 
 
 def load_model(model: nn.Module, state: dict[str, Any], source: Path, *, strict: bool = True) -> None:

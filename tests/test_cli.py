@@ -41,8 +41,10 @@ def test_run_sets_settings_and_leaves_the_scripts_own_arguments_to_it() -> None:
     Path("beside.py").touch()
     done = sheer("run", "--set", "max_steps=3", "--set", "checkpoint.keep_last=1", "train.py", "7", "--own=1")
     assert "steps 3 arguments ['7', '--own=1']" in done.stdout, done.stderr
-    settings = json.loads(Path("run/run.json").read_text())["settings"]
-    assert settings["max_steps"] == 3 and settings["checkpoint"]["keep_last"] == 1
+    record = json.loads(Path("run/run.json").read_text())
+    assert record["settings"]["max_steps"] == 3 and record["settings"]["checkpoint"]["keep_last"] == 1
+    changes = ["--set", "max_steps=3", "--set", "checkpoint.keep_last=1"]
+    assert record["sessions"][0]["command"][1:] == ["-m", "sheer", "run", *changes, "train.py", "7", "--own=1"]
 
 
 def test_run_names_an_unknown_setting_before_the_script_starts() -> None:

@@ -164,3 +164,30 @@ def test_a_mean_of_sixteen_bit_values_counts_exactly() -> None:
     assert float(sheer.mean(values, torch.ones(1001, dtype=torch.bool)).count) == 1001
     nothing = sheer.mean(values.half(), torch.zeros(1001))
     assert nothing.count.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_a_collection_may_hold_what_is_a_table() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    kind = {"task": "multiclass", "num_classes": 2}
+    collection = torchmetrics.MetricCollection(
+        {"accuracy": torchmetrics.Accuracy(**kind), "confusion": torchmetrics.ConfusionMatrix(**kind)}
+    )
+    collection.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
+    metrics = Metrics()
+    metrics.add({"of": collection}, 3)
+    read = metrics.read()
+    assert read.pop("of/accuracy") == pytest.approx(2 / 3)
+    assert read == {f"of/confusion/{index}": float(value) for index, value in enumerate([1, 1, 0, 1])}
+
+
+def test_an_object_that_computes_no_number_is_named() -> None:
+    class Words:
+        def compute(self) -> Any:
+            return "many"
+
+        def reset(self) -> None: ...
+
+    metrics = Metrics()
+    metrics.add({"words": Words()}, 1)
+    with pytest.raises(StepError, match="The metric 'words' computed a str, which is no number"):
+        metrics.read()

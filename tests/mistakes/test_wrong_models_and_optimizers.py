@@ -67,7 +67,7 @@ def test_the_class_of_an_optimizer() -> None:
     )
 
 
-@pytest.mark.parametrize("given", ["adam", lambda net: None, lambda net: ([SGD(net.parameters())], [])])
+@pytest.mark.parametrize("given", [lambda net: None, lambda net: ([SGD(net.parameters())], [])])
 def test_what_is_no_optimizer(given: Any) -> None:
     refused(ModelError, "optimizer must be a torch.optim.Optimizer or a function of the model", optimizer=given)
 
@@ -104,6 +104,14 @@ def test_a_scheduler_on_another_optimizer() -> None:
 
 def test_the_class_of_a_scheduler() -> None:
     refused(ModelError, "scheduler is the class StepLR", "a function of (optimizer, total_steps)", scheduler=StepLR)
+
+
+def test_the_name_of_a_scheduler() -> None:
+    refused(ModelError, "scheduler is the string 'cosine'", "sheer.warmup_cosine(warmup_steps=...)", scheduler="cosine")
+
+
+def test_the_name_of_an_optimizer() -> None:
+    refused(ModelError, "optimizer is the string 'adam'", "torch.optim.AdamW(model.parameters()", optimizer="adam")
 
 
 def test_a_function_for_the_scheduler_that_takes_the_optimizer_alone() -> None:

@@ -215,7 +215,7 @@ def test_loading_the_weights_of_another_model_lists_all_that_differs() -> None:
 
 def test_loading_the_best_where_nothing_was_monitored() -> None:
     finished_run()
-    with pytest.raises(RunError, match="It has step-00000004, but no 'best': was `monitor` set"):
+    with pytest.raises(RunError, match="run has no 'best' checkpoint: was `monitor` set.*There are step-00000004"):
         sheer.load_weights(model(), "run")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -158,3 +159,20 @@ def test_validating_with_nothing_to_validate_on_is_warned_of(given: dict[str, An
 @pytest.mark.parametrize("hparams", [3, ["lr"], "lr=1"])
 def test_hparams_without_names(hparams: Any) -> None:
     refused(SettingsError, "hparams must be a mapping, a dataclass or a namespace", hparams=hparams)
+
+
+@pytest.mark.parametrize(("monitor", "mode", "warns"), [
+    ("val/accuracy", "min", True), ("val/top1_acc", "min", True), ("val/accuracy", "max", False), ("val/acc_loss", "min", False), ("val/loss", "min", False),
+])  # fmt: skip
+def test_a_metric_that_is_better_when_it_is_higher(monitor: str, mode: Any, warns: bool) -> None:
+    name = monitor.removeprefix("val/")
+
+    def measured(net: Any, batch: Any) -> Any:
+        loss = step(net, batch)["loss"]
+        return {name: loss.detach(), "loss": loss}
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(measured, val_loader=loader(), monitor=monitor, monitor_mode=mode, max_steps=1, max_epochs=None)
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, sheer.SheerWarning)]
+    assert any('set monitor_mode="max"' in message for message in said) is warns
