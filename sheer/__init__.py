@@ -27,6 +27,7 @@ from sheer.errors import (
 )
 from sheer.events import RunInfo
 from sheer.find_lr import LRFinding, find_lr
+from sheer.loggers.base import Logger
 from sheer.loggers.csv import CSV
 from sheer.loggers.jsonl import JSONL
 from sheer.loggers.mlflow import MLflow
@@ -36,7 +37,7 @@ from sheer.metrics import Figure, Image, Mean, Text, mean
 from sheer.own_loop import Loop
 from sheer.random import seed_everything
 from sheer.run import Result
-from sheer.schedules import warmup_cosine, warmup_linear, warmup_stable_decay
+from sheer.schedules import Schedule, warmup_cosine, warmup_linear, warmup_stable_decay
 from sheer.settings import Checkpoint, Settings
 from sheer.trainer import Trainer
 from sheer.version import __version__
@@ -58,6 +59,7 @@ __all__ = [
     "Image",
     "LRFinding",
     "LearningRateMonitor",
+    "Logger",
     "Loop",
     "MLflow",
     "Mean",
@@ -70,6 +72,7 @@ __all__ = [
     "Result",
     "RunError",
     "RunInfo",
+    "Schedule",
     "Settings",
     "SettingsError",
     "SheerError",

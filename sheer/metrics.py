@@ -104,9 +104,8 @@ class Metrics:
         """
         values = {"loss": output} if isinstance(output, (Tensor, Mean)) else output
         if type(values) is not dict and not isinstance(values, Mapping):
-            raise StepError(
-                f"The step returned a {type(values).__name__}. Return the loss as a scalar tensor, or a mapping of names to metrics."
-            )
+            missing = "None; is there a `return` missing?" if values is None else f"a {type(values).__name__}."
+            raise StepError(f"The step returned {missing} Return a scalar tensor, or a mapping of names to metrics.")
         for name, value in values.items():
             entry = self._sums.get(prefix + name)
             if type(value) is Tensor and entry is not None and entry.weighted and value.dim() == 0:

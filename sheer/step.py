@@ -158,6 +158,8 @@ def no_loss(step: Step, output: object) -> str:
             f"{name} returned a {type(loss).__name__} of {len(loss)}. Which of them is the loss cannot be known. {wanted} "
             "A total with its count is written sheer.Mean(total, count)."
         )
+    if not isinstance(loss, Tensor) and isinstance(getattr(loss, "loss", None), Tensor):
+        return f"{name} returned a {type(loss).__name__}. Return its loss: output.loss. {wanted}"
     if not isinstance(loss, Tensor):
         return f"{name} returned a {type(loss).__name__} as its loss. {wanted} A number on the host has no gradient: do not call .item()."
     if loss.numel() != 1:
