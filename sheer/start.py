@@ -27,8 +27,8 @@ from sheer.build import (
 from sheer.checkpoint.codec import encode
 from sheer.checks import check_length_of_schedules, check_start
 from sheer.console import Console
+from sheer.data.choose import check_loader, make_source
 from sheer.data.feed import TrainingData
-from sheer.data.source import check_loader, make_source
 from sheer.errors import SettingsError
 from sheer.evaluation import Evaluation, named_loaders
 from sheer.events import RunInfo, events_of, named

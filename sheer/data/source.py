@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +16,8 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
-    IterableDataset,
     RandomSampler,
     Sampler,
-    SequentialSampler,
     Subset,
 )
 
@@ -48,66 +46,6 @@ class Source(Protocol):
 
     def close(self) -> None:
         """End the workers that were started here; left to the garbage collector, each would be waited for."""
-
-
-def check_loader(loader: Any, what: str, *, passes: int) -> None:
-    """Raise `DataError` for what cannot yield batches, or not as many times as it will be iterated."""
-    if isinstance(loader, Mapping):
-        for part in loader.values():
-            check_loader(part, what, passes=passes)
-    elif isinstance(loader, type):
-        raise DataError(f"{what} is the class {loader.__name__}; give an object.")
-    elif isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
-        raise DataError(
-            f"{what} is a dataset ({type(loader).__name__}). Wrap it: DataLoader(dataset, batch_size=..., shuffle=True)."
-        )
-    elif isinstance(loader, (torch.Tensor, str)):
-        raise DataError(
-            f"{what} is a {type(loader).__name__}. Wrap it: DataLoader(TensorDataset(x, y), batch_size=...)."
-        )
-    elif not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise DataError(f"{what} must yield batches when iterated, and a {type(loader).__name__} cannot be iterated.")
-    elif passes > 1 and isinstance(loader, Iterator) and type(loader).__module__ in ("builtins", "itertools"):
-        raise DataError(
-            f"{what} is a {type(loader).__name__}, which can be iterated only once, and it is to be {passes} times. Pass something that "
-            "starts anew each time it is iterated: a DataLoader, a list, or an object whose __iter__ is the generator function."
-        )
-
-
-def make_source(loader: Any, *, seed: int, device: torch.device, resume_by_skipping: bool = False) -> Source:
-    """Choose the case that `loader` is.
-
-    Raises:
-        DataError: `loader` is empty.
-    """
-    if isinstance(loader, Mapping):
-        # Each its own order: with one seed, sample i of one would always come with sample i of the other.
-        seeds = (seed if index == 0 else mix_seed(seed, index) for index in itertools.count())
-        sources = {
-            name: make_source(part, seed=own, device=device)
-            for (name, part), own in zip(loader.items(), seeds, strict=False)
-        }
-        return CombinedSource(sources)
-    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
-        return StatefulSource(loader)
-    if isinstance(loader, DataLoader) and _is_map_style(loader) and type(loader).__iter__ is DataLoader.__iter__:
-        if _has_default_order(loader):
-            return GlobalOrderSource(loader, seed=seed, device=device)
-        return OwnOrderSource(loader, seed=seed, device=device)
-    return IterableSource(loader, resume_by_skipping=resume_by_skipping)
-
-
-def _is_map_style(loader: DataLoader[Any]) -> bool:
-    return not isinstance(loader.dataset, IterableDataset)
-
-
-def _has_default_order(loader: DataLoader[Any]) -> bool:
-    """Whether the order is DataLoader's own (`shuffle=True` or False), or already the global one."""
-    if loader.batch_size is None and loader.batch_sampler is not None:
-        return False  # given by the user; `sampler` then says nothing
-    if type(loader.sampler) is RandomSampler:
-        return not loader.sampler.replacement and loader.sampler.num_samples == sized(loader.dataset)
-    return type(loader.sampler) in (SequentialSampler, GlobalSampler)
 
 
 class GlobalOrderSource:
@@ -385,60 +323,6 @@ class IterableSource:
 
     def close(self) -> None:
         """Leave the loader, which is the user's, as it is."""
-
-
-class CombinedSource:
-    """Several loaders at once: each batch is a dict with one batch of each. The longest sets the epoch, the others start anew."""
-
-    def __init__(self, sources: dict[str, Source]) -> None:
-        unsized = [name for name, source in sources.items() if source.batches_per_epoch is None]
-        if unsized or not sources:
-            raise DataError(
-                f"Loaders in a dict need a length, which {unsized or 'an empty dict'} has not. Combine them in one iterable of your own."
-            )
-        self.sources = sources
-        self.lengths = {name: source.batches_per_epoch or 0 for name, source in sources.items()}
-        self.longest = max(self.lengths.values())
-        self.batches_per_epoch: int | None = self.longest
-        self.in_workers = all(source.in_workers for source in sources.values())
-        self.reopens = all(source.reopens for source in sources.values())
-        self.described = "; ".join(f"{name}: {source.described}" for name, source in sources.items())
-
-    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
-        """Open an epoch of the longest at its batch `start`; the samples of a step are those of the first loader."""
-        passed = epoch * self.longest + start
-        streams = [self._stream(name, passed, in_middle=start > 0) for name in self.sources]
-        return self._zipped(streams, self.longest - start)
-
-    def _zipped(self, streams: list[Iterator[tuple[Any, int]]], batches: int) -> Iterator[tuple[Any, int]]:
-        for _ in range(batches):
-            parts = [next(stream) for stream in streams]
-            yield {name: part for name, (part, _) in zip(self.sources, parts, strict=True)}, parts[0][1]
-
-    def _stream(self, name: str, passed: int, *, in_middle: bool) -> Iterator[tuple[Any, int]]:
-        epoch, start = divmod(passed, self.lengths[name])
-        if in_middle and start == 0:  # a shorter one that starts anew draws when it does, as it would have
-            return self._later_epochs(name, epoch)
-        opened = self.sources[name].epoch(epoch, start)  # opened here, as its random numbers are drawn here
-        return itertools.chain(opened, self._later_epochs(name, epoch + 1))
-
-    def _later_epochs(self, name: str, first: int) -> Iterator[tuple[Any, int]]:
-        for epoch in itertools.count(first):
-            yield from self.sources[name].epoch(epoch, 0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of each."""
-        return {name: source.state_dict() for name, source in self.sources.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give each its state back."""
-        for name, source in self.sources.items():
-            source.load_state_dict(state[name])
-
-    def close(self) -> None:
-        """Close each."""
-        for source in self.sources.values():
-            source.close()
 
 
 def rebuilt(loader: DataLoader[Any], batching: dict[str, Any], *, seed: int, device: torch.device) -> DataLoader[Any]:
