@@ -24,7 +24,7 @@ from torch.utils.data import (
 from sheer.data.batch import count_samples
 from sheer.data.order import GlobalSampler, mix_seed
 from sheer.errors import DataError
-from sheer.random import random_state, seed_sample, set_random_state
+from sheer.random import random_state, seed_sample, set_generators, set_random_state, set_states_of, states_of
 
 
 class Source(Protocol):
@@ -69,6 +69,7 @@ class GlobalOrderSource:
         if self.in_workers:
             batching["sampler"] = KeyedSampler(self.sampler)
         self.loader = rebuilt(loader, batching, seed=seed, device=device)
+        self.generators = generators_of(loader)
         self.reopens = not loader.persistent_workers
         self.batches_per_epoch: int | None = -(-self.sampler.samples // self.batch_size)
         order = f"shuffled by seed {seed}" if shuffle else "in order"
@@ -92,12 +93,13 @@ class GlobalOrderSource:
         return zip(batches, counts, strict=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the order depends on."""
+        """Return what the order depends on, and the states of the user's own generators."""
         return {
             "seed": self.sampler.seed,
             "samples": self.sampler.samples,
             "batch_size": self.batch_size,
             "shuffle": self.sampler.shuffle,
+            "generators": [generator.get_state() for generator in self.generators],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -117,6 +119,7 @@ class GlobalOrderSource:
                 "same order. Put it back, or start a new run in another run_dir."
             )
         self.sampler.seed = state["seed"]
+        set_generators(self.generators, state["generators"])
 
     def close(self) -> None:
         """Let go of the loader that was made here, and thereby of its workers."""
@@ -149,19 +152,20 @@ class OwnOrderSource:
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
         """Open an epoch at its batch `start`: the indices before it are drawn again, not read."""
         late = self.persistent and not self.opened and epoch > 0 and start == 0  # the run goes on; its workers are new
-        self.order.open(epoch, start, self.order.states() if late else None)
+        self.order.open(epoch, start, states_of(self.order.generators) if late else None)
         self.opened = True
         return ((batch, count_samples(batch)) for batch in iter(self.loader))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random states that the epoch's indices were drawn under, and those of the user's own generators now."""
-        return {"drawn_under": self.order.drawn_under, "generators": self.order.generator_states()}
+        generators = [generator.get_state() for generator in self.order.generators]
+        return {"drawn_under": self.order.drawn_under, "generators": generators}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Draw the indices of the epoch to come under the states that were saved."""
         self.order.drawn_under = state["drawn_under"]
         self.order.saved_generators = state["generators"]
-        self.order.set_generator_states(state["generators"])
+        set_generators(self.order.generators, state["generators"])
 
     def close(self) -> None:
         """Let go of the loader that was made here, and thereby of its workers."""
@@ -194,11 +198,11 @@ class ReplayedSampler(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         if self.draw_under is not None:
-            self._set(self.draw_under)
-        now, begun, self.draw_under = self.states(), self.drawn_under, None
+            set_states_of(self.generators, self.draw_under)
+        now, begun, self.draw_under = states_of(self.generators), self.drawn_under, None
         replayed = self.start > 0 and begun is not None
         if replayed and begun is not None:
-            self._set(begun)
+            set_states_of(self.generators, begun)
         else:
             self.drawn_under = now
         # All at once where the end is known: what a sampler draws must not mix with what the training draws.
@@ -207,26 +211,9 @@ class ReplayedSampler(Sampler[Any]):
             next(indices)
         if replayed:  # a loader that shares its generator with the sampler drew from it to start: not so before
             generators = now["generators"] if self.saved_generators is None else self.saved_generators
-            self._set({"process": now["process"], "generators": generators})
+            set_states_of(self.generators, {"process": now["process"], "generators": generators})
         self.start, self.saved_generators = 0, None
         yield from indices
-
-    def generator_states(self) -> list[torch.Tensor]:
-        """Return the states of the generators that the user gave to the loader or its samplers."""
-        return [generator.get_state() for generator in self.generators]
-
-    def set_generator_states(self, states: list[torch.Tensor]) -> None:
-        """Put the user's generators back into the states that `generator_states` returned."""
-        for generator, state in zip(self.generators, states, strict=True):
-            generator.set_state(state)
-
-    def states(self) -> dict[str, Any]:
-        """Return the states of all that the indices may be drawn from."""
-        return {"process": random_state(), "generators": self.generator_states()}
-
-    def _set(self, states: dict[str, Any]) -> None:
-        set_random_state(states["process"])
-        self.set_generator_states(states["generators"])
 
 
 class StatefulSource:
@@ -292,6 +279,8 @@ class IterableSource:
         self.batches_per_epoch = sized(loader)
         self.in_workers = isinstance(loader, DataLoader) and loader.num_workers > 0
         self.reopens = not (isinstance(loader, DataLoader) and loader.persistent_workers)
+        self.generators = generators_of(loader)
+        self.begun_under: dict[str, Any] | None = None  # the random states at the start of the epoch
         self.described = f"from a {type(loader).__name__}"
         if self.batches_per_epoch == 0:
             raise DataError(f"The training loader is empty: a {type(loader).__name__} of length 0.")
@@ -303,9 +292,13 @@ class IterableSource:
         elif start == 0 or self.resume_by_skipping:
             if hasattr(self.loader, "set_epoch"):
                 self.loader.set_epoch(epoch)
+            if start > 0 and self.begun_under is not None:  # so that what is drawn for an order is drawn again
+                set_states_of(self.generators, self.begun_under)
+            else:
+                self.begun_under = states_of(self.generators)
             batches = iter(self.loader)
             for _ in range(start):
-                next(batches)
+                next(batches, None)
         else:
             raise DataError(
                 f"The run stopped after {start} batches of an epoch, and a {type(self.loader).__name__} cannot go on there: it has "
@@ -315,11 +308,13 @@ class IterableSource:
         return ((batch, count_samples(batch)) for batch in batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: there is no state but the position."""
-        return {}
+        """Return the random states that the epoch began under, and those of the user's own generators now."""
+        return {"begun_under": self.begun_under, "generators": [generator.get_state() for generator in self.generators]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing."""
+        """Begin the epoch that is skipped into under the states that were saved."""
+        self.begun_under = state["begun_under"]
+        set_generators(self.generators, state["generators"])
 
     def close(self) -> None:
         """Leave the loader, which is the user's, as it is."""
@@ -350,11 +345,11 @@ def generator_seed(loader: DataLoader[Any], otherwise: int) -> int:
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the generators that the user gave to a loader or its samplers, each once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None), batch_sampler, loader)
-    generators = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
+    """Return the generators that a loader, its samplers and its dataset hold, each once."""
+    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    owners = (sampler, getattr(batch_sampler, "sampler", None), batch_sampler, loader, getattr(loader, "dataset", None))
+    held = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
+    return list({id(value): value for value in held if isinstance(value, torch.Generator)}.values())
 
 
 def sized(loader: Any) -> int | None:

@@ -26,13 +26,13 @@ def numbers(count: int, first: int = 0) -> TensorDataset:
 
 
 class Sized:
-    """Batches with a length that are no list."""
+    """Batches with a length that are no list; each pass is drawn, at its start."""
 
     def __len__(self) -> int:
         return SHORT
 
     def __iter__(self) -> Iterator[Any]:
-        for number in range(SHORT):
+        for number in torch.randperm(SHORT).tolist():
             yield [torch.tensor([number])]
 
 
