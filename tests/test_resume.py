@@ -437,6 +437,27 @@ def test_an_iterable_that_draws_its_order_is_skipped_into_in_that_order(
     assert_resumes_exactly(stop, make_loader=make, fit={"resume_by_skipping": True})
 
 
+def test_an_iterable_dataset_is_told_the_epoch() -> None:
+    class Told(Shuffled):
+        def set_epoch(self, epoch: int) -> None:
+            self.generator = torch.Generator().manual_seed(epoch)
+
+    def make(workers: int = 2) -> DataLoader[Any]:
+        return DataLoader(Told(None), batch_size=16, num_workers=workers)
+
+    assert_resumes_exactly(3, 9, make_loader=make, fit={"resume_by_skipping": True})
+    seen: list[Tensor] = []
+
+    def look(net: nn.Module, batch: Any) -> Tensor:
+        seen.append(batch[0])
+        return step(net, batch)["loss"]
+
+    net = model()
+    trainer(max_epochs=2).fit(net, look, make(0), optimizer=AdamW(net.parameters()))
+    by_hand = [dataset()[torch.randperm(100, generator=torch.Generator().manual_seed(epoch))][0] for epoch in (0, 1)]
+    assert torch.equal(torch.cat(seen), torch.cat(by_hand))
+
+
 @pytest.mark.parametrize("own_sampler", [False, True])
 def test_a_generator_that_the_dataset_holds_is_saved(own_sampler: bool) -> None:
     class Noisy(Augmented):

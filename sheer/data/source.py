@@ -7,6 +7,7 @@ Each source yields the loader's batches of one epoch, from any position on, with
 from __future__ import annotations
 
 import itertools
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -16,14 +17,15 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    IterableDataset,
     RandomSampler,
     Sampler,
     Subset,
 )
 
-from sheer.data.batch import count_samples
+from sheer.data.batch import count_samples, same_tensors
 from sheer.data.order import GlobalSampler, mix_seed
-from sheer.errors import DataError
+from sheer.errors import DataError, SheerWarning
 from sheer.random import random_state, seed_sample, set_generators, set_random_state, set_states_of, states_of
 
 
@@ -279,9 +281,17 @@ class IterableSource:
         self.batches_per_epoch = sized(loader)
         self.in_workers = isinstance(loader, DataLoader) and loader.num_workers > 0
         self.reopens = not (isinstance(loader, DataLoader) and loader.persistent_workers)
+        counted = (loader, getattr(loader, "dataset", None))
+        self.told: list[Any] = [each for each in counted if hasattr(each, "set_epoch")]  # the epoch
         self.generators = generators_of(loader)
         self.begun_under: dict[str, Any] | None = None  # the random states at the start of the epoch
-        self.described = f"from a {type(loader).__name__}"
+        self.name = type(loader).__name__
+        self.shared_by = 0  # workers that are to share an iterable dataset, until it was seen whether they do
+        if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+            self.name += f" over {type(loader.dataset).__name__}"
+            self.shared_by = loader.num_workers
+        how = "by skipping" if resume_by_skipping else "only at the end of an epoch"
+        self.described = f"from a {self.name}" + ("" if isinstance(loader, Sequence) else f", resumed {how}")
         if self.batches_per_epoch == 0:
             raise DataError(f"The training loader is empty: a {type(loader).__name__} of length 0.")
 
@@ -290,22 +300,39 @@ class IterableSource:
         if isinstance(self.loader, Sequence):
             batches: Iterator[Any] = itertools.islice(self.loader, start, None)
         elif start == 0 or self.resume_by_skipping:
-            if hasattr(self.loader, "set_epoch"):
-                self.loader.set_epoch(epoch)
+            for told in self.told:
+                told.set_epoch(epoch)
             if start > 0 and self.begun_under is not None:  # so that what is drawn for an order is drawn again
                 set_states_of(self.generators, self.begun_under)
             else:
                 self.begun_under = states_of(self.generators)
             batches = iter(self.loader)
+            if self.shared_by > 1:
+                batches = self._compared(batches)
             for _ in range(start):
                 next(batches, None)
         else:
             raise DataError(
-                f"The run stopped after {start} batches of an epoch, and a {type(self.loader).__name__} cannot go on there: it has "
-                "no state. Pass resume_by_skipping=True to fit to read and drop those batches, use a loader with state_dict and "
-                "load_state_dict (torchdata's StatefulDataLoader), or a map-style dataset."
+                f"The run stopped after {start} batches of an epoch, and a {self.name} cannot go on there: it has "
+                "no state. Pass resume_by_skipping=True to fit to read and drop those batches, or use a map-style dataset, torchdata's "
+                "StatefulDataLoader (a DataLoader does not save the state of its dataset), or an iterable of batches with state_dict and "
+                "load_state_dict."
             )
         return ((batch, count_samples(batch)) for batch in batches)
+
+    def _compared(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Warn if the first two batches, which two workers made, are the same: then each worker yields all of the data."""
+        workers, self.shared_by = self.shared_by, 0
+        first = list(itertools.islice(batches, 2))
+        if len(first) == 2 and same_tensors(*first):
+            warnings.warn(
+                f"Two workers of the {self.name} began with the same batch. If each of the {workers} yields the whole dataset, an epoch "
+                f"trains on each sample {workers} times: let __iter__ yield the worker's share (torch.utils.data.get_worker_info), or set "
+                "num_workers=1.",
+                SheerWarning,
+                stacklevel=2,
+            )
+        return itertools.chain(iter(first), batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random states that the epoch began under, and those of the user's own generators now."""
