@@ -46,7 +46,11 @@ def training_data(cfg: Settings, loader: Any, *, resume_by_skipping: bool = Fals
     compute = make_compute(cfg.precision, resolve_device(cfg.device))
     check_loader(loader, "The training loader", passes=cfg.max_epochs or 1)
     source = make_source(
-        loader, seed=torch.initial_seed(), device=compute.device, resume_by_skipping=resume_by_skipping
+        loader,
+        seed=torch.initial_seed(),
+        device=compute.device,
+        resume_by_skipping=resume_by_skipping,
+        same_epoch=cfg.overfit_batches > 0,
     )
     return TrainingData(
         source,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,27 +39,42 @@ def check_loader(loader: Any, what: str, *, passes: int) -> None:
         )
 
 
-def make_source(loader: Any, *, seed: int, device: torch.device, resume_by_skipping: bool = False) -> Source:
-    """Choose the case that `loader` is.
+def make_source(
+    loader: Any, *, seed: int, device: torch.device, resume_by_skipping: bool = False, same_epoch: bool = False
+) -> Source:
+    """Choose the case that `loader` is; `same_epoch` says that its first epoch is to be seen again and again.
 
     Raises:
-        DataError: `loader` is empty.
+        DataError: `loader` is empty, or may give other batches when it is iterated again and is to give the same.
     """
     if isinstance(loader, Mapping):
         # Each its own order: with one seed, sample i of one would always come with sample i of the other.
         seeds = (seed if index == 0 else mix_seed(seed, index) for index in itertools.count())
         sources = {
-            name: make_source(part, seed=own, device=device, resume_by_skipping=resume_by_skipping)
+            name: make_source(
+                part, seed=own, device=device, resume_by_skipping=resume_by_skipping, same_epoch=same_epoch
+            )
             for (name, part), own in zip(loader.items(), seeds, strict=False)
         }
         return CombinedSource(sources)
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        if same_epoch:
+            raise _may_differ(loader)
         return StatefulSource(loader)
     if isinstance(loader, DataLoader) and _is_map_style(loader) and type(loader).__iter__ is DataLoader.__iter__:
         if _has_default_order(loader):
             return GlobalOrderSource(loader, seed=seed, device=device)
-        return OwnOrderSource(loader, seed=seed, device=device)
+        return OwnOrderSource(loader, seed=seed, device=device, same_epoch=same_epoch)
+    if same_epoch and not isinstance(loader, Sequence):
+        raise _may_differ(loader)
     return IterableSource(loader, resume_by_skipping=resume_by_skipping)
+
+
+def _may_differ(loader: Any) -> DataError:
+    return DataError(
+        f"overfit_batches trains on the same batches in each epoch, and a {type(loader).__name__} may give others each time it is "
+        "iterated. Pass its first ones as a list: list(itertools.islice(loader, n))."
+    )
 
 
 def _is_map_style(loader: DataLoader[Any]) -> bool:

@@ -64,6 +64,7 @@ class CombinedSource:
         for name, part in self.passes.items():
             part.source.load_state_dict(state[name]["source"])
             part.go_to(state[name]["number"], state[name]["batch"])
+            part.begun = True
 
     def close(self) -> None:
         """Close each."""
@@ -78,6 +79,7 @@ class Passes:
     def __init__(self, name: str, source: Source) -> None:
         self.name, self.source, self.length = name, source, source.batches_per_epoch or 0
         self.number, self.batch = 0, 0
+        self.begun = False  # whether a pass was opened, in this process or in that of which it is the resume
         self.batches: Iterator[tuple[Any, int]] | None = None
 
     def go_to(self, number: int, batch: int) -> None:
@@ -86,9 +88,9 @@ class Passes:
 
     def open(self) -> Iterator[tuple[Any, int]]:
         """Open the pass where it is. What is drawn for that on resume, and was not in the run that was stopped, is put back."""
-        draws = self.batch == 0 and (self.number == 0 or self.source.reopens)
+        draws = self.batch == 0 and (not self.begun or self.source.reopens)
         before = None if draws else random_state()
-        self.batches = self.source.epoch(self.number, self.batch)
+        self.begun, self.batches = True, self.source.epoch(self.number, self.batch)
         if before is not None:
             set_random_state(before)
         return self.batches

@@ -129,10 +129,13 @@ class GlobalOrderSource:
 
 
 class OwnOrderSource:
-    """A map-style DataLoader with a sampler of the user's own: its indices are replayed on resume, no data is read."""
+    """A map-style DataLoader with a sampler of the user's own: its indices are replayed on resume, no data is read.
 
-    def __init__(self, loader: DataLoader[Any], *, seed: int, device: torch.device) -> None:
-        self.order = ReplayedSampler(loader)
+    With `same_epoch` they are replayed in each epoch.
+    """
+
+    def __init__(self, loader: DataLoader[Any], *, seed: int, device: torch.device, same_epoch: bool = False) -> None:
+        self.order = ReplayedSampler(loader, same_epoch=same_epoch)
         self.in_workers = loader.num_workers > 0
         order: Sampler[Any] = (
             KeyedSampler(self.order, lists=loader.batch_sampler is not None) if self.in_workers else self.order
@@ -153,7 +156,8 @@ class OwnOrderSource:
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
         """Open an epoch at its batch `start`: the indices before it are drawn again, not read."""
-        late = self.persistent and not self.opened and epoch > 0 and start == 0  # the run goes on; its workers are new
+        goes_on = self.order.drawn_under is not None and start == 0
+        late = self.persistent and not self.opened and goes_on  # the run goes on; its workers are new
         self.order.open(epoch, start, states_of(self.order.generators) if late else None)
         self.opened = True
         return ((batch, count_samples(batch)) for batch in iter(self.loader))
@@ -177,7 +181,8 @@ class OwnOrderSource:
 class ReplayedSampler(Sampler[Any]):
     """A user's sampler or batch sampler, whose random states at the start of an epoch are kept, so that it can be drawn again."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: DataLoader[Any], *, same_epoch: bool) -> None:
+        self.same_epoch = same_epoch
         self.inner: Iterable[Any] = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self.samplers: list[Any] = [
             loader.sampler,
@@ -202,7 +207,7 @@ class ReplayedSampler(Sampler[Any]):
         if self.draw_under is not None:
             set_states_of(self.generators, self.draw_under)
         now, begun, self.draw_under = states_of(self.generators), self.drawn_under, None
-        replayed = self.start > 0 and begun is not None
+        replayed = (self.start > 0 or self.same_epoch) and begun is not None
         if replayed and begun is not None:
             set_states_of(self.generators, begun)
         else:
@@ -212,7 +217,8 @@ class ReplayedSampler(Sampler[Any]):
         for _ in range(self.start):
             next(indices)
         if replayed:  # a loader that shares its generator with the sampler drew from it to start: not so before
-            generators = now["generators"] if self.saved_generators is None else self.saved_generators
+            saved = self.saved_generators if self.start > 0 else None
+            generators = now["generators"] if saved is None else saved
             set_states_of(self.generators, {"process": now["process"], "generators": generators})
         self.start, self.saved_generators = 0, None
         yield from indices
