@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -13,13 +14,15 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
 
 from sheer.data.source import generators_of
 from sheer.errors import ModelError, SettingsError, SheerWarning
 from sheer.evaluation import Evaluation, evaluate, named_loaders
 from sheer.events import Follows
+from sheer.metrics import Computed, contents, put_back
 from sheer.plugins import Plugins
-from sheer.random import random_state, set_random_state
+from sheer.random import set_states_of, states_of
 from sheer.run import Run
 from sheer.settings import Settings
 
@@ -114,16 +117,33 @@ def try_validation(cfg: Settings, run: Run, validation: Evaluation) -> None:
     Raises:
         SettingsError: `monitor` names no metric of the validation.
     """
-    states, buffers = random_state(), {name: buffer.clone() for name, buffer in run.model.named_buffers()}
-    generators = [g for _, loader in named_loaders(validation.loaders) for g in generators_of(loader)]
-    drawn_from = [generator.get_state() for generator in generators]
-    metrics, _ = evaluate(
-        run.model, dataclasses.replace(validation, limit=1), run.compute, run.events, run.progress.step
+    loaders = [loader for _, loader in named_loaders(validation.loaders)]
+    generators = [generator for loader in loaders for generator in generators_of(loader)]
+    positions = [(loader, copy.deepcopy(loader.state_dict())) for loader in loaders if has_position(loader)]
+    buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+    counts = contents(
+        module for module in run.model.modules() if isinstance(module, Computed) and hasattr(module, "update")
     )
-    set_random_state(states)
-    for generator, state in zip(generators, drawn_from, strict=True):
-        generator.set_state(state)
+    states = states_of(generators)
+    trial = dataclasses.replace(validation, loaders=copied(validation.loaders), limit=1)
+    metrics, _ = evaluate(run.model, trial, run.compute, run.events, run.progress.step)
+    set_states_of(generators, states)
+    for loader, position in positions:
+        loader.load_state_dict(position)
+    put_back(counts)
     with torch.no_grad():
         for name, buffer in run.model.named_buffers():
             buffer.copy_(buffers[name])
     check_monitor(cfg, run, metrics)
+
+
+def copied(loaders: Any) -> Any:
+    """Return loaders to be tried: copies of the `DataLoader`s, so that workers that persist do so for the copy alone."""
+    if isinstance(loaders, Mapping):
+        return {name: copied(loader) for name, loader in loaders.items()}
+    return copy.copy(loaders) if isinstance(loaders, DataLoader) else loaders
+
+
+def has_position(loader: Any) -> bool:
+    """Whether a loader keeps its own position, and is not copied."""
+    return not isinstance(loader, DataLoader) and hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")

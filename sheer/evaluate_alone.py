@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from sheer.build import make_compute, place_model, resolve_device, takes_step_number
-from sheer.data.source import check_loader
+from sheer.data.choose import check_loader
 from sheer.errors import RunError
 from sheer.evaluation import Compute, Evaluation, evaluate, named_loaders, predict
 from sheer.events import Events, RunInfo, events_of

@@ -15,6 +15,7 @@ from sheer.console import clock
 from sheer.data.batch import StepBatch
 from sheer.due import duration_over, save_is_due, validation_is_due
 from sheer.evaluation import Evaluation, evaluate
+from sheer.metrics import put_back
 from sheer.plugins import Plugins
 from sheer.random import set_random_state
 from sheer.run import Run
@@ -184,7 +185,7 @@ def validate(cfg: Settings, run: Run, validation: Evaluation) -> str | None:
     """Validate, report it, and tell the schedulers and callbacks that follow it. Returns why the run is to stop, or None."""
     set_aside = run.metrics.set_aside()
     metrics, media = evaluate(run.model, validation, run.compute, run.events, run.progress.step)
-    run.metrics.put_back(set_aside)
+    put_back(set_aside)
     check_monitor(cfg, run, metrics)
     run.last_metrics, run.validated_at = metrics, run.progress.step
     report(run, metrics)

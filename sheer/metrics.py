@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sheer.errors import StepError
 
@@ -162,17 +162,12 @@ class Metrics:
         media, self._media = self._media, {}
         return media
 
-    def set_aside(self) -> dict[str, dict[str, Any]]:
+    def set_aside(self) -> list[tuple[Any, dict[str, Any]]]:
         """Empty the metric objects and return what was in them: an evaluation may use the same ones."""
-        kept = {name: copy.deepcopy(vars(metric)) for name, metric in self._computed.items()}
+        kept = contents(self._computed.values())
         for metric in self._computed.values():
             metric.reset()
         return kept
-
-    def put_back(self, kept: dict[str, dict[str, Any]]) -> None:
-        """Give the metric objects back what `set_aside` took from them."""
-        for name, content in kept.items():
-            vars(self._computed[name]).update(content)
 
     def __bool__(self) -> bool:
         return bool(self._sums or self._computed)
@@ -216,6 +211,20 @@ class Metrics:
         for name, saved in state.items():
             entry = self._sums[name] = _Sum(saved["weighted"])
             entry.folded = [(total, count) for total, count in saved["folded"]]
+
+
+def contents(metrics: Iterable[Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Return metric objects, and those inside them, each with a copy of what it holds; parameters stay the same objects."""
+    parts = [part for metric in metrics for part in (metric.modules() if isinstance(metric, nn.Module) else [metric])]
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    same = {id(one): one for module in modules for one in (module, *module.parameters(recurse=False))}
+    return [(part, copy.deepcopy(vars(part), dict(same))) for part in parts if isinstance(part, Computed)]
+
+
+def put_back(kept: list[tuple[Any, dict[str, Any]]]) -> None:
+    """Give metric objects back what `contents` found in them."""
+    for metric, content in kept:
+        vars(metric).update(content)
 
 
 def _scalar(name: str, value: Number) -> Number:

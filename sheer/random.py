@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,3 +69,20 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))  # noqa: NPY002
     if "accelerator" in state and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state_all(state["accelerator"])
+
+
+def states_of(generators: Sequence[torch.Generator]) -> dict[str, Any]:
+    """Return the states of all generators of this process, and of those that a user made beside them."""
+    return {"process": random_state(), "generators": [generator.get_state() for generator in generators]}
+
+
+def set_states_of(generators: Sequence[torch.Generator], states: dict[str, Any]) -> None:
+    """Put all generators back into the states that `states_of` returned."""
+    set_random_state(states["process"])
+    set_generators(generators, states["generators"])
+
+
+def set_generators(generators: Sequence[torch.Generator], states: Sequence[torch.Tensor]) -> None:
+    """Put generators back into their states."""
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)

@@ -27,8 +27,8 @@ from sheer.build import (
 from sheer.checkpoint.codec import encode
 from sheer.checks import check_length_of_schedules, check_start
 from sheer.console import Console
+from sheer.data.choose import check_loader, make_source
 from sheer.data.feed import TrainingData
-from sheer.data.source import check_loader, make_source
 from sheer.errors import SettingsError
 from sheer.evaluation import Evaluation, named_loaders
 from sheer.events import RunInfo, events_of, named
@@ -46,7 +46,11 @@ def training_data(cfg: Settings, loader: Any, *, resume_by_skipping: bool = Fals
     compute = make_compute(cfg.precision, resolve_device(cfg.device))
     check_loader(loader, "The training loader", passes=cfg.max_epochs or 1)
     source = make_source(
-        loader, seed=torch.initial_seed(), device=compute.device, resume_by_skipping=resume_by_skipping
+        loader,
+        seed=torch.initial_seed(),
+        device=compute.device,
+        resume_by_skipping=resume_by_skipping,
+        same_epoch=cfg.overfit_batches > 0,
     )
     return TrainingData(
         source,

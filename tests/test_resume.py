@@ -25,6 +25,7 @@ from torch.utils.data import (
     RandomSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 import sheer
@@ -405,6 +406,73 @@ def test_an_iterable_without_state_is_refused_in_the_middle_of_an_epoch_unless_s
     with pytest.raises(sheer.DataError, match="resume_by_skipping=True"):
         run("run", make_loader=generated)
     assert_resumes_exactly(5, 7, make_loader=generated, fit={"resume_by_skipping": True})
+
+
+class Shuffled(IterableDataset[Any]):
+    """Draws its order at the start of each pass: from its own generator, or from that of the process it is in."""
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self.data, self.generator = dataset(), generator
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        first, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index in torch.randperm(100, generator=self.generator).tolist():
+            if index % workers == first:
+                yield self.data[index]
+
+
+@pytest.mark.parametrize("stop", [5, 7, 12])
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_iterable_that_draws_its_order_is_skipped_into_in_that_order(
+    workers: int, own_generator: bool, stop: int
+) -> None:
+    def make() -> DataLoader[Any]:
+        if workers:
+            generator = torch.Generator().manual_seed(3) if own_generator else None
+            return DataLoader(Shuffled(None), batch_size=16, num_workers=2, generator=generator)
+        return DataLoader(Shuffled(torch.Generator().manual_seed(3) if own_generator else None), batch_size=16)
+
+    assert_resumes_exactly(stop, make_loader=make, fit={"resume_by_skipping": True})
+
+
+def test_an_iterable_dataset_is_told_the_epoch() -> None:
+    class Told(Shuffled):
+        def set_epoch(self, epoch: int) -> None:
+            self.generator = torch.Generator().manual_seed(epoch)
+
+    def make(workers: int = 2) -> DataLoader[Any]:
+        return DataLoader(Told(None), batch_size=16, num_workers=workers)
+
+    assert_resumes_exactly(3, 9, make_loader=make, fit={"resume_by_skipping": True})
+    seen: list[Tensor] = []
+
+    def look(net: nn.Module, batch: Any) -> Tensor:
+        seen.append(batch[0])
+        return step(net, batch)["loss"]
+
+    net = model()
+    trainer(max_epochs=2).fit(net, look, make(0), optimizer=AdamW(net.parameters()))
+    by_hand = [dataset()[torch.randperm(100, generator=torch.Generator().manual_seed(epoch))][0] for epoch in (0, 1)]
+    assert torch.equal(torch.cat(seen), torch.cat(by_hand))
+
+
+@pytest.mark.parametrize("own_sampler", [False, True])
+def test_a_generator_that_the_dataset_holds_is_saved(own_sampler: bool) -> None:
+    class Noisy(Augmented):
+        def __init__(self) -> None:
+            super().__init__()
+            self.noise = torch.Generator().manual_seed(3)
+
+        def __getitem__(self, index: int) -> Any:
+            return self.x[index] + torch.randn(6, generator=self.noise), self.y[index]
+
+    def make() -> DataLoader[Any]:
+        sampler = {"sampler": WeightedRandomSampler(torch.ones(100), 100)} if own_sampler else {"shuffle": True}
+        return DataLoader(Noisy(), batch_size=16, **sampler)  # type: ignore[arg-type]
+
+    assert_resumes_exactly(5, 7, make_loader=make)
 
 
 def test_a_finished_run_returns_its_result_and_a_longer_one_goes_on() -> None:

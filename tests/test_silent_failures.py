@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import sheer
 from sheer.data.batch import move
+from sheer.data.choose import make_source
 from sheer.data.feed import TrainingData
-from sheer.data.source import make_source
 from tests.task import assert_same, dataset, loader, loss_step, model, step, trainer
 
 

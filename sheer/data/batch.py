@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -81,6 +82,12 @@ def _tensors(value: Any) -> Iterator[Tensor | PackedSequence]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             yield from _tensors(getattr(value, field.name))
+
+
+def same_tensors(one: Any, other: Any) -> bool:
+    """Whether two batches hold tensors, and the same ones."""
+    pairs = list(itertools.zip_longest(_tensors(one), _tensors(other)))
+    return bool(pairs) and all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
 def micro_batches(batch: StepBatch, size: int) -> Iterator[tuple[Any, int]]:

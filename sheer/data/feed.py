@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -175,7 +176,11 @@ def grouped(batches: Iterator[tuple[Any, int]], size: int) -> Iterator[StepBatch
     """Put `size` batches of the loader in a step; the last step of an epoch takes what is left."""
     if size == 1:
         return map(_alone, batches)
-    return iter(lambda: StepBatch(itertools.islice(batches, size)), StepBatch())
+    return iter(functools.partial(_next_of, batches, size), StepBatch())
+
+
+def _next_of(batches: Iterator[tuple[Any, int]], size: int) -> StepBatch:
+    return StepBatch(itertools.islice(batches, size))
 
 
 def _alone(batch: tuple[Any, int]) -> StepBatch:
@@ -189,17 +194,19 @@ def copied_ahead(steps: Iterator[StepBatch], device: torch.device, dtype: torch.
     nothing waits on the host.
     """
     stream = torch.Stream(device)
-
-    def copy(step: StepBatch | None) -> StepBatch | None:
-        if step is None:
-            return None
-        stream.wait_stream(torch.accelerator.current_stream(device))
-        with stream:
-            return StepBatch((move(part, device, dtype, pin=True), samples) for part, samples in step)
-
-    following = copy(next(steps, None))
+    following = _copied(next(steps, None), device, dtype, stream)
     while following is not None:
         torch.accelerator.current_stream(device).wait_stream(stream)
         step, following = following, None
-        following = copy(next(steps, None))
+        following = _copied(next(steps, None), device, dtype, stream)
         yield step
+
+
+def _copied(
+    step: StepBatch | None, device: torch.device, dtype: torch.dtype | None, stream: torch.Stream
+) -> StepBatch | None:
+    if step is None:
+        return None
+    stream.wait_stream(torch.accelerator.current_stream(device))
+    with stream:
+        return StepBatch((move(part, device, dtype, pin=True), samples) for part, samples in step)

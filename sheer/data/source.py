@@ -7,8 +7,9 @@ Each source yields the loader's batches of one epoch, from any position on, with
 from __future__ import annotations
 
 import itertools
+import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,14 +20,13 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     Sampler,
-    SequentialSampler,
     Subset,
 )
 
-from sheer.data.batch import count_samples
+from sheer.data.batch import count_samples, same_tensors
 from sheer.data.order import GlobalSampler, mix_seed
-from sheer.errors import DataError
-from sheer.random import random_state, seed_sample, set_random_state
+from sheer.errors import DataError, SheerWarning
+from sheer.random import random_state, seed_sample, set_generators, set_random_state, set_states_of, states_of
 
 
 class Source(Protocol):
@@ -50,66 +50,6 @@ class Source(Protocol):
         """End the workers that were started here; left to the garbage collector, each would be waited for."""
 
 
-def check_loader(loader: Any, what: str, *, passes: int) -> None:
-    """Raise `DataError` for what cannot yield batches, or not as many times as it will be iterated."""
-    if isinstance(loader, Mapping):
-        for part in loader.values():
-            check_loader(part, what, passes=passes)
-    elif isinstance(loader, type):
-        raise DataError(f"{what} is the class {loader.__name__}; give an object.")
-    elif isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
-        raise DataError(
-            f"{what} is a dataset ({type(loader).__name__}). Wrap it: DataLoader(dataset, batch_size=..., shuffle=True)."
-        )
-    elif isinstance(loader, (torch.Tensor, str)):
-        raise DataError(
-            f"{what} is a {type(loader).__name__}. Wrap it: DataLoader(TensorDataset(x, y), batch_size=...)."
-        )
-    elif not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise DataError(f"{what} must yield batches when iterated, and a {type(loader).__name__} cannot be iterated.")
-    elif passes > 1 and isinstance(loader, Iterator) and type(loader).__module__ in ("builtins", "itertools"):
-        raise DataError(
-            f"{what} is a {type(loader).__name__}, which can be iterated only once, and it is to be {passes} times. Pass something that "
-            "starts anew each time it is iterated: a DataLoader, a list, or an object whose __iter__ is the generator function."
-        )
-
-
-def make_source(loader: Any, *, seed: int, device: torch.device, resume_by_skipping: bool = False) -> Source:
-    """Choose the case that `loader` is.
-
-    Raises:
-        DataError: `loader` is empty.
-    """
-    if isinstance(loader, Mapping):
-        # Each its own order: with one seed, sample i of one would always come with sample i of the other.
-        seeds = (seed if index == 0 else mix_seed(seed, index) for index in itertools.count())
-        sources = {
-            name: make_source(part, seed=own, device=device)
-            for (name, part), own in zip(loader.items(), seeds, strict=False)
-        }
-        return CombinedSource(sources)
-    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
-        return StatefulSource(loader)
-    if isinstance(loader, DataLoader) and _is_map_style(loader) and type(loader).__iter__ is DataLoader.__iter__:
-        if _has_default_order(loader):
-            return GlobalOrderSource(loader, seed=seed, device=device)
-        return OwnOrderSource(loader, seed=seed, device=device)
-    return IterableSource(loader, resume_by_skipping=resume_by_skipping)
-
-
-def _is_map_style(loader: DataLoader[Any]) -> bool:
-    return not isinstance(loader.dataset, IterableDataset)
-
-
-def _has_default_order(loader: DataLoader[Any]) -> bool:
-    """Whether the order is DataLoader's own (`shuffle=True` or False), or already the global one."""
-    if loader.batch_size is None and loader.batch_sampler is not None:
-        return False  # given by the user; `sampler` then says nothing
-    if type(loader.sampler) is RandomSampler:
-        return not loader.sampler.replacement and loader.sampler.num_samples == sized(loader.dataset)
-    return type(loader.sampler) in (SequentialSampler, GlobalSampler)
-
-
 class GlobalOrderSource:
     """A map-style DataLoader in its default order: rebuilt over a `GlobalSampler`. Any position opens at once."""
 
@@ -131,6 +71,7 @@ class GlobalOrderSource:
         if self.in_workers:
             batching["sampler"] = KeyedSampler(self.sampler)
         self.loader = rebuilt(loader, batching, seed=seed, device=device)
+        self.generators = generators_of(loader)
         self.reopens = not loader.persistent_workers
         self.batches_per_epoch: int | None = -(-self.sampler.samples // self.batch_size)
         order = f"shuffled by seed {seed}" if shuffle else "in order"
@@ -154,12 +95,13 @@ class GlobalOrderSource:
         return zip(batches, counts, strict=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the order depends on."""
+        """Return what the order depends on, and the states of the user's own generators."""
         return {
             "seed": self.sampler.seed,
             "samples": self.sampler.samples,
             "batch_size": self.batch_size,
             "shuffle": self.sampler.shuffle,
+            "generators": [generator.get_state() for generator in self.generators],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -179,6 +121,7 @@ class GlobalOrderSource:
                 "same order. Put it back, or start a new run in another run_dir."
             )
         self.sampler.seed = state["seed"]
+        set_generators(self.generators, state["generators"])
 
     def close(self) -> None:
         """Let go of the loader that was made here, and thereby of its workers."""
@@ -186,10 +129,13 @@ class GlobalOrderSource:
 
 
 class OwnOrderSource:
-    """A map-style DataLoader with a sampler of the user's own: its indices are replayed on resume, no data is read."""
+    """A map-style DataLoader with a sampler of the user's own: its indices are replayed on resume, no data is read.
 
-    def __init__(self, loader: DataLoader[Any], *, seed: int, device: torch.device) -> None:
-        self.order = ReplayedSampler(loader)
+    With `same_epoch` they are replayed in each epoch.
+    """
+
+    def __init__(self, loader: DataLoader[Any], *, seed: int, device: torch.device, same_epoch: bool = False) -> None:
+        self.order = ReplayedSampler(loader, same_epoch=same_epoch)
         self.in_workers = loader.num_workers > 0
         order: Sampler[Any] = (
             KeyedSampler(self.order, lists=loader.batch_sampler is not None) if self.in_workers else self.order
@@ -210,20 +156,22 @@ class OwnOrderSource:
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
         """Open an epoch at its batch `start`: the indices before it are drawn again, not read."""
-        late = self.persistent and not self.opened and epoch > 0 and start == 0  # the run goes on; its workers are new
-        self.order.open(epoch, start, self.order.states() if late else None)
+        goes_on = self.order.drawn_under is not None and start == 0
+        late = self.persistent and not self.opened and goes_on  # the run goes on; its workers are new
+        self.order.open(epoch, start, states_of(self.order.generators) if late else None)
         self.opened = True
         return ((batch, count_samples(batch)) for batch in iter(self.loader))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random states that the epoch's indices were drawn under, and those of the user's own generators now."""
-        return {"drawn_under": self.order.drawn_under, "generators": self.order.generator_states()}
+        generators = [generator.get_state() for generator in self.order.generators]
+        return {"drawn_under": self.order.drawn_under, "generators": generators}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Draw the indices of the epoch to come under the states that were saved."""
         self.order.drawn_under = state["drawn_under"]
         self.order.saved_generators = state["generators"]
-        self.order.set_generator_states(state["generators"])
+        set_generators(self.order.generators, state["generators"])
 
     def close(self) -> None:
         """Let go of the loader that was made here, and thereby of its workers."""
@@ -233,7 +181,8 @@ class OwnOrderSource:
 class ReplayedSampler(Sampler[Any]):
     """A user's sampler or batch sampler, whose random states at the start of an epoch are kept, so that it can be drawn again."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: DataLoader[Any], *, same_epoch: bool) -> None:
+        self.same_epoch = same_epoch
         self.inner: Iterable[Any] = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self.samplers: list[Any] = [
             loader.sampler,
@@ -256,11 +205,11 @@ class ReplayedSampler(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         if self.draw_under is not None:
-            self._set(self.draw_under)
-        now, begun, self.draw_under = self.states(), self.drawn_under, None
-        replayed = self.start > 0 and begun is not None
+            set_states_of(self.generators, self.draw_under)
+        now, begun, self.draw_under = states_of(self.generators), self.drawn_under, None
+        replayed = (self.start > 0 or self.same_epoch) and begun is not None
         if replayed and begun is not None:
-            self._set(begun)
+            set_states_of(self.generators, begun)
         else:
             self.drawn_under = now
         # All at once where the end is known: what a sampler draws must not mix with what the training draws.
@@ -268,27 +217,11 @@ class ReplayedSampler(Sampler[Any]):
         for _ in range(self.start):
             next(indices)
         if replayed:  # a loader that shares its generator with the sampler drew from it to start: not so before
-            generators = now["generators"] if self.saved_generators is None else self.saved_generators
-            self._set({"process": now["process"], "generators": generators})
+            saved = self.saved_generators if self.start > 0 else None
+            generators = now["generators"] if saved is None else saved
+            set_states_of(self.generators, {"process": now["process"], "generators": generators})
         self.start, self.saved_generators = 0, None
         yield from indices
-
-    def generator_states(self) -> list[torch.Tensor]:
-        """Return the states of the generators that the user gave to the loader or its samplers."""
-        return [generator.get_state() for generator in self.generators]
-
-    def set_generator_states(self, states: list[torch.Tensor]) -> None:
-        """Put the user's generators back into the states that `generator_states` returned."""
-        for generator, state in zip(self.generators, states, strict=True):
-            generator.set_state(state)
-
-    def states(self) -> dict[str, Any]:
-        """Return the states of all that the indices may be drawn from."""
-        return {"process": random_state(), "generators": self.generator_states()}
-
-    def _set(self, states: dict[str, Any]) -> None:
-        set_random_state(states["process"])
-        self.set_generator_states(states["generators"])
 
 
 class StatefulSource:
@@ -354,7 +287,17 @@ class IterableSource:
         self.batches_per_epoch = sized(loader)
         self.in_workers = isinstance(loader, DataLoader) and loader.num_workers > 0
         self.reopens = not (isinstance(loader, DataLoader) and loader.persistent_workers)
-        self.described = f"from a {type(loader).__name__}"
+        counted = (loader, getattr(loader, "dataset", None))
+        self.told: list[Any] = [each for each in counted if hasattr(each, "set_epoch")]  # the epoch
+        self.generators = generators_of(loader)
+        self.begun_under: dict[str, Any] | None = None  # the random states at the start of the epoch
+        self.name = type(loader).__name__
+        self.shared_by = 0  # workers that are to share an iterable dataset, until it was seen whether they do
+        if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+            self.name += f" over {type(loader.dataset).__name__}"
+            self.shared_by = loader.num_workers
+        how = "by skipping" if resume_by_skipping else "only at the end of an epoch"
+        self.described = f"from a {self.name}" + ("" if isinstance(loader, Sequence) else f", resumed {how}")
         if self.batches_per_epoch == 0:
             raise DataError(f"The training loader is empty: a {type(loader).__name__} of length 0.")
 
@@ -363,82 +306,51 @@ class IterableSource:
         if isinstance(self.loader, Sequence):
             batches: Iterator[Any] = itertools.islice(self.loader, start, None)
         elif start == 0 or self.resume_by_skipping:
-            if hasattr(self.loader, "set_epoch"):
-                self.loader.set_epoch(epoch)
+            for told in self.told:
+                told.set_epoch(epoch)
+            if start > 0 and self.begun_under is not None:  # so that what is drawn for an order is drawn again
+                set_states_of(self.generators, self.begun_under)
+            else:
+                self.begun_under = states_of(self.generators)
             batches = iter(self.loader)
+            if self.shared_by > 1:
+                batches = self._compared(batches)
             for _ in range(start):
-                next(batches)
+                next(batches, None)
         else:
             raise DataError(
-                f"The run stopped after {start} batches of an epoch, and a {type(self.loader).__name__} cannot go on there: it has "
-                "no state. Pass resume_by_skipping=True to fit to read and drop those batches, use a loader with state_dict and "
-                "load_state_dict (torchdata's StatefulDataLoader), or a map-style dataset."
+                f"The run stopped after {start} batches of an epoch, and a {self.name} cannot go on there: it has "
+                "no state. Pass resume_by_skipping=True to fit to read and drop those batches, or use a map-style dataset, torchdata's "
+                "StatefulDataLoader (a DataLoader does not save the state of its dataset), or an iterable of batches with state_dict and "
+                "load_state_dict."
             )
         return ((batch, count_samples(batch)) for batch in batches)
 
+    def _compared(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Warn if the first two batches, which two workers made, are the same: then each worker yields all of the data."""
+        workers, self.shared_by = self.shared_by, 0
+        first = list(itertools.islice(batches, 2))
+        if len(first) == 2 and same_tensors(*first):
+            warnings.warn(
+                f"Two workers of the {self.name} began with the same batch. If each of the {workers} yields the whole dataset, an epoch "
+                f"trains on each sample {workers} times: let __iter__ yield the worker's share (torch.utils.data.get_worker_info), or set "
+                "num_workers=1.",
+                SheerWarning,
+                stacklevel=2,
+            )
+        return itertools.chain(iter(first), batches)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: there is no state but the position."""
-        return {}
+        """Return the random states that the epoch began under, and those of the user's own generators now."""
+        return {"begun_under": self.begun_under, "generators": [generator.get_state() for generator in self.generators]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing."""
+        """Begin the epoch that is skipped into under the states that were saved."""
+        self.begun_under = state["begun_under"]
+        set_generators(self.generators, state["generators"])
 
     def close(self) -> None:
         """Leave the loader, which is the user's, as it is."""
-
-
-class CombinedSource:
-    """Several loaders at once: each batch is a dict with one batch of each. The longest sets the epoch, the others start anew."""
-
-    def __init__(self, sources: dict[str, Source]) -> None:
-        unsized = [name for name, source in sources.items() if source.batches_per_epoch is None]
-        if unsized or not sources:
-            raise DataError(
-                f"Loaders in a dict need a length, which {unsized or 'an empty dict'} has not. Combine them in one iterable of your own."
-            )
-        self.sources = sources
-        self.lengths = {name: source.batches_per_epoch or 0 for name, source in sources.items()}
-        self.longest = max(self.lengths.values())
-        self.batches_per_epoch: int | None = self.longest
-        self.in_workers = all(source.in_workers for source in sources.values())
-        self.reopens = all(source.reopens for source in sources.values())
-        self.described = "; ".join(f"{name}: {source.described}" for name, source in sources.items())
-
-    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
-        """Open an epoch of the longest at its batch `start`; the samples of a step are those of the first loader."""
-        passed = epoch * self.longest + start
-        streams = [self._stream(name, passed, in_middle=start > 0) for name in self.sources]
-        return self._zipped(streams, self.longest - start)
-
-    def _zipped(self, streams: list[Iterator[tuple[Any, int]]], batches: int) -> Iterator[tuple[Any, int]]:
-        for _ in range(batches):
-            parts = [next(stream) for stream in streams]
-            yield {name: part for name, (part, _) in zip(self.sources, parts, strict=True)}, parts[0][1]
-
-    def _stream(self, name: str, passed: int, *, in_middle: bool) -> Iterator[tuple[Any, int]]:
-        epoch, start = divmod(passed, self.lengths[name])
-        if in_middle and start == 0:  # a shorter one that starts anew draws when it does, as it would have
-            return self._later_epochs(name, epoch)
-        opened = self.sources[name].epoch(epoch, start)  # opened here, as its random numbers are drawn here
-        return itertools.chain(opened, self._later_epochs(name, epoch + 1))
-
-    def _later_epochs(self, name: str, first: int) -> Iterator[tuple[Any, int]]:
-        for epoch in itertools.count(first):
-            yield from self.sources[name].epoch(epoch, 0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of each."""
-        return {name: source.state_dict() for name, source in self.sources.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give each its state back."""
-        for name, source in self.sources.items():
-            source.load_state_dict(state[name])
-
-    def close(self) -> None:
-        """Close each."""
-        for source in self.sources.values():
-            source.close()
 
 
 def rebuilt(loader: DataLoader[Any], batching: dict[str, Any], *, seed: int, device: torch.device) -> DataLoader[Any]:
@@ -466,11 +378,11 @@ def generator_seed(loader: DataLoader[Any], otherwise: int) -> int:
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the generators that the user gave to a loader or its samplers, each once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None), batch_sampler, loader)
-    generators = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
+    """Return the generators that a loader, its samplers and its dataset hold, each once."""
+    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    owners = (sampler, getattr(batch_sampler, "sampler", None), batch_sampler, loader, getattr(loader, "dataset", None))
+    held = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
+    return list({id(value): value for value in held if isinstance(value, torch.Generator)}.values())
 
 
 def sized(loader: Any) -> int | None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    TensorDataset,
+    default_collate,
+    get_worker_info,
+)
 
 import sheer
 from sheer import DataError
@@ -169,8 +178,54 @@ class Twice(IterableDataset[Any]):
 
 
 def test_an_iterable_dataset_that_each_worker_yields_whole() -> None:
-    with pytest.warns(sheer.SheerWarning, match="several workers each yield the whole dataset"):
+    with (
+        pytest.warns(sheer.SheerWarning, match="several workers each yield the whole dataset"),  # at the epoch's end
+        pytest.warns(sheer.SheerWarning, match="began with the same batch"),
+    ):
         fit(loader=DataLoader(Twice(), batch_size=16, num_workers=2), max_epochs=2)
+
+
+class Unsharded(IterableDataset[Any]):
+    """Without a length; divides itself over the workers, or does not."""
+
+    def __init__(self, divides: bool) -> None:
+        self.divides = divides
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        parts = worker.num_workers if worker is not None and self.divides else 1
+        for index in range(worker.id if worker is not None and self.divides else 0, 100, parts):
+            yield dataset()[index]
+
+
+def test_an_iterable_dataset_without_a_length_that_each_worker_yields_whole_is_warned_of_before_the_first_step() -> (
+    None
+):
+    steps: list[int] = []
+
+    def counting(net: nn.Module, batch: Any, step: int) -> Tensor:
+        steps.append(step)
+        return loss_step(net, batch)
+
+    data = DataLoader(Unsharded(divides=False), batch_size=16, num_workers=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(sheer.SheerWarning, match="trains on each sample 2 times") as error:
+            fit(step=counting, loader=data, max_epochs=1)
+    assert "Two workers of the DataLoader over Unsharded began with the same batch" in str(error.value)
+    assert not steps
+    fit(loader=DataLoader(Unsharded(divides=False), batch_size=16, num_workers=1), max_epochs=1)
+    assert fit(loader=DataLoader(Unsharded(divides=True), batch_size=10, num_workers=2), max_epochs=2).step == 20
+
+
+@pytest.mark.parametrize(
+    ("skipping", "says"), [(False, "resumed only at the end of an epoch"), (True, "resumed by skipping")]
+)
+def test_the_start_says_whether_an_iterable_is_resumed(
+    skipping: bool, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(loader=DataLoader(Unsharded(divides=True), batch_size=16), max_epochs=1, resume_by_skipping=skipping)
+    assert f"data: from a DataLoader over Unsharded, {says}" in capsys.readouterr().out
 
 
 class Stopping(Dataset[Any]):
