@@ -17,11 +17,20 @@ def announce(cfg: Settings, run: Run) -> None:
     frozen = f", {count - trained:,} of them frozen" if trained < count else ""
     say(f"sheer {__version__} · torch {torch.__version__} · {describe_device(run.compute.device)} · {cfg.precision}")
     say(f"model: {type(run.model).__name__}, {count:,} parameters{frozen}")
-    if run.data is not None:
-        say(f"data: {run.data.described}{length(cfg, run)}")
+    announce_data(cfg, run)
     if cfg.nonfinite == "skip" or run.scaler is not None:
         say("the host waits for the device once a step, to see whether the gradients are finite")
     say(f"run: {run.info.run_dir}" + ("" if cfg.fast_dev_run else f" (id {run.info.run_id})"))
+    if run.resumed_from is not None:
+        say(f"resumed from {run.resumed_from}, at step {run.progress.step:,}")
+    if run.progress.stopped_by is not None:
+        say(f"the run is over ({run.progress.stopped_by}), so nothing is trained; to go on, give it a longer duration")
+
+
+def announce_data(cfg: Settings, run: Run) -> None:
+    """Say what is trained on, and how long."""
+    if run.data is not None:
+        run.console.say(f"data: {run.data.described}{length(cfg, run)}")
 
 
 def length(cfg: Settings, run: Run) -> str:

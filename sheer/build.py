@@ -178,6 +178,11 @@ def check_parameters(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> d
     return updated
 
 
+def built_by_function(scheduler: Any) -> bool:
+    """Whether a scheduler is made by a function of (optimizer, total steps), rather than an object already."""
+    return not hasattr(scheduler, "step") and callable(scheduler)
+
+
 def build_scheduler(scheduler: Any, optimizer: Optimizer, total_steps: int | None) -> Any:
     """Return the scheduler, made now if a function of (optimizer, total steps) was given.
 
@@ -197,7 +202,7 @@ def build_scheduler(scheduler: Any, optimizer: Optimizer, total_steps: int | Non
         raise ModelError(
             f"scheduler is the class {scheduler.__name__}. Give an object, or a function of (optimizer, total_steps)."
         )
-    if not hasattr(scheduler, "step") and callable(scheduler):
+    if built_by_function(scheduler):
         if total_steps is None:
             raise SettingsError(
                 "The scheduler is a function of the total number of steps, and that is not known: the loader has no length, or only max_time "

@@ -126,7 +126,11 @@ def try_validation(cfg: Settings, run: Run, validation: Evaluation) -> None:
     )
     states = states_of(generators)
     trial = dataclasses.replace(validation, loaders=copied(validation.loaders), limit=1)
-    metrics, _ = evaluate(run.model, trial, run.compute, run.events, run.progress.step)
+    try:
+        metrics, _ = evaluate(run.model, trial, run.compute, run.events, run.progress.step)
+    except Exception as error:
+        error.add_note("This was the trial of the validation: one batch of each loader, before the first step.")
+        raise
     set_states_of(generators, states)
     for loader, position in positions:
         loader.load_state_dict(position)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from sheer.data.batch import count_samples, move
+from sheer.data.batch import count_samples, describe, move
 from sheer.data.feed import limited
 from sheer.data.source import sized
 from sheer.errors import DataError
@@ -59,8 +59,13 @@ def evaluate(
     with eval_mode(model, events):
         for loader_name, loader in named_loaders(evaluation.loaders):
             metrics = Metrics()
-            with closing(counted(loader, evaluation.limit)) as batches:  # on an error too, so that workers end now
+            where = _Place(evaluation.prefix, loader_name)
+            with (
+                where,
+                closing(counted(loader, evaluation.limit)) as batches,
+            ):  # on an error too, so that workers end now
                 for batch, samples in batches:
+                    where.batch = batch
                     batch = compute.prepared(batch)
                     with torch.no_grad(), compute.autocast:
                         output = (
@@ -73,6 +78,22 @@ def evaluate(
             means.update({prefix + name: value for name, value in metrics.read().items()})
             media.update({prefix + name: value for name, value in metrics.take_media().items()})
     return means, media
+
+
+class _Place:
+    """Adds to an error which loader it was evaluated on, and the batch."""
+
+    def __init__(self, prefix: str, loader_name: str) -> None:
+        self.what = f"{prefix}/{loader_name}".strip("/")
+        self.batch: Any = None
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            batch = "" if self.batch is None else f"; its batch: {describe(self.batch)}"
+            error.add_note(f"While {self.what} was evaluated{batch}.")
 
 
 def predict(

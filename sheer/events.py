@@ -191,7 +191,7 @@ def events_of(callbacks: Sequence[object]) -> Events:
     if not isinstance(callbacks, Sequence):  # a generator would be empty at the second look
         raise SettingsError(f"callbacks must be a list, not a {type(callbacks).__name__}: callbacks=[...].")
     for callback in callbacks:
-        _check(callback)
+        check_callback(callback)
     by_event: dict[str, Any] = {
         field.name: tuple(callback for callback in callbacks if hasattr(callback, f"on_{field.name}"))
         for field in fields(Events)
@@ -199,7 +199,8 @@ def events_of(callbacks: Sequence[object]) -> Events:
     return Events(**by_event)
 
 
-def _check(callback: object) -> None:
+def check_callback(callback: object) -> None:
+    """Raise `SettingsError` for an object whose events would not be called."""
     if isinstance(callback, type):
         raise SettingsError(f"callbacks holds the class {callback.__name__}; give an object: {callback.__name__}().")
     methods = [name for name in dir(callback) if name.startswith("on_") and callable(getattr(callback, name))]

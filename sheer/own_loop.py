@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import atexit
+import itertools
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,15 +15,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sheer.announce import announce_data
 from sheer.build import takes_step_number
 from sheer.data.batch import StepBatch, count_samples
-from sheer.errors import SettingsError
-from sheer.loop import finish, steps, validate
+from sheer.errors import RunError, SettingsError, SheerWarning
+from sheer.evaluation import Evaluation
+from sheer.loop import begin, begin_step, count_batches, end_step, finish, save_and_tell, validate
 from sheer.plugins import Plugins
+from sheer.resume import open_data
 from sheer.run import Result, Run, result
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings, unknown_name
-from sheer.start import evaluation_of, start
+from sheer.signals import StopSignals
+from sheer.start import evaluation_of, start_run, total_steps, training_data
 from sheer.step import Step, apply, backward, scale_gradients
 
 
@@ -42,7 +50,56 @@ def start_loop(
     for name in schedulers:
         if name not in optimizers:
             raise unknown_name(name, optimizers, "optimizers, which schedulers refers to,")
-    return Loop(cfg, start(cfg, plugins, model, optimizers, schedulers, None))
+    run, restored = start_run(cfg, plugins, model, optimizers, schedulers, None)
+    return Loop(cfg, run, restored)
+
+
+def own_steps(
+    cfg: Settings,
+    run: Run,
+    signals: StopSignals,
+    restored: dict[str, Any] | None,
+    loader: Any,
+    resume_by_skipping: bool,
+) -> Iterator[Any]:
+    """Yield the batches of one's own loop, on the device, and do after each what is due; without a loader, the step's number."""
+    train = training_data(cfg, loader, resume_by_skipping=resume_by_skipping) if loader is not None else None
+    progress = run.progress
+    if progress.stopped_by is not None:
+        return
+    run.data, run.total_steps = train, total_steps(cfg, train)
+    restore_random = open_data(train, restored)
+    announce_data(cfg, run)
+    run.console.expect(run.total_steps)
+
+    with signals:
+        begin(cfg, run, None)
+        stream = train.steps(progress, restore_random) if train is not None else without_data(restore_random)
+        run.in_steps = True
+        try:
+            for batch in stream:
+                begin_step(run, batch)
+                try:
+                    if batch is None:
+                        yield progress.step
+                    else:
+                        yield batch if cfg.accumulate_grad_batches > 1 else batch[0][0]
+                except GeneratorExit:  # a break: this step was made too
+                    count_batches(run, batch)
+                    raise
+                if end_step(cfg, run, batch, None, signals):
+                    break
+        finally:
+            run.in_steps = False
+        if cfg.checkpoint is not None:  # now: what the script does before it calls `finish` may take long, or fail
+            save_and_tell(cfg, run)
+
+
+def without_data(restore_random: Callable[[], None] | None) -> Iterator[None]:
+    """Stand in for the data of a loop that has none: put the random states back where a checkpoint had them, and go on."""
+    if restore_random is not None:
+        restore_random()
+    yield from itertools.repeat(None)
 
 
 class Loop:
@@ -56,11 +113,16 @@ class Loop:
         run.finish()
     """
 
-    def __init__(self, cfg: Settings, run: Run) -> None:
-        self._cfg, self._run = cfg, run
+    def __init__(self, cfg: Settings, run: Run, restored: dict[str, Any] | None) -> None:
+        self._cfg, self._run, self._restored = cfg, run, restored
+        self._numbered: dict[int, tuple[Step, bool]] = {}  # by the id of a step: whether it takes the step's number
+        self._evaluations: dict[tuple[int, int], Evaluation | None] = {}  # by the ids of a step and its loader
+        self._signals = StopSignals()
         self._session = Session(run)
         self._session.__enter__()
         self._finished = False
+        self._error = getattr(sys, "last_value", None)
+        atexit.register(self._left_unfinished)
 
     def __enter__(self) -> Loop:
         return self
@@ -71,7 +133,24 @@ class Loop:
         if error is None:
             self.finish()
         else:
-            self._session.__exit__(kind, error, trace)
+            self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        atexit.unregister(self._left_unfinished)
+        self._finished = True
+        self._session.__exit__(type(error) if error is not None else None, error, None)
+
+    def _left_unfinished(self) -> None:
+        """End a run whose script ended without `finish`; after an error only close it."""
+        if getattr(sys, "last_value", None) is not self._error:
+            self._close(sys.last_value)
+            return
+        warnings.warn(
+            "The script ended without run.finish(), which is done now. Call it behind the loop, or write `with trainer.start(...) as run:`.",
+            SheerWarning,
+            stacklevel=1,
+        )
+        self.finish()
 
     @property
     def step(self) -> int:
@@ -114,7 +193,10 @@ class Loop:
         With `accumulate_grad_batches` above 1 what is yielded holds several batches; hand it to `update` as it is. Without a
         loader the step's number is yielded, until a duration is over.
         """
-        return steps(self._cfg, self._run, self._session, loader, resume_by_skipping)
+        restored, self._restored = self._restored, None
+        yield from own_steps(self._cfg, self._run, self._signals, restored, loader, resume_by_skipping)
+        if self._signals.received is not None:
+            self.finish()
 
     def update(self, optimizer: Optimizer, step: Step, batch: Any) -> Any:
         """Train on a batch: forward, backward, clip, update, clear; returns what the step returned.
@@ -122,17 +204,21 @@ class Loop:
         What other optimizers' losses left in these parameters' gradients is dropped first. With several optimizers the metrics
         are logged as `train/<optimizer>/<name>`.
         """
+        self._refuse_outside("update")
         self._known(optimizer).zero_grad()
-        output = self.backward(step, batch, optimizer)
-        self.apply(optimizer)
+        try:
+            output = self.backward(step, batch, optimizer)
+            self.apply(optimizer)
+        except Exception as error:
+            self._session.tell(error)
+            raise
         return output
 
     def backward(self, step: Step, batch: Any, optimizer: Optimizer | None = None) -> Any:
         """Add the gradients of a step's loss to what the parameters hold; returns what the step returned."""
         run = self._run
+        self._refuse_outside("backward")
         parts = self._with_samples(batch)
-        if takes_step_number(step, model=run.model) and step not in run.numbered:
-            run.numbered = (*run.numbered, step)
         name = next((name for name, own in run.optimizers.items() if own is optimizer), None)
         prefix = f"{name}/" if name is not None and len(run.optimizers) > 1 else ""
         held = (
@@ -142,18 +228,19 @@ class Loop:
         )
         for parameter, _ in held:
             parameter.grad = None  # only the gradients of this loss are divided by its counts
-        output = backward(self._cfg, run, step, parts, prefix)
+        output = backward(self._cfg, run, step, self._takes_number(step), parts, prefix)
         for parameter, gradient in held:
             parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
         return output
 
     def apply(self, optimizer: Optimizer) -> None:
         """Clip the gradients of an optimizer's parameters, update them, clear the gradients, and move its scheduler."""
+        self._refuse_outside("apply")
         name = next(name for name, own in self._run.optimizers.items() if own is self._known(optimizer))
-        before = self._run.scale
+        before = self._run.progress.scale
         apply(self._cfg, self._run, optimizer, self._run.schedulers.get(name))
-        if self._run.scale != before:  # gradients that wait for another optimizer carry the factor from before
-            scale_gradients(self._run, self._run.scale / before)
+        if self._run.progress.scale != before:  # gradients that wait for another optimizer carry the factor from before
+            scale_gradients(self._run, self._run.progress.scale / before)
 
     def log(self, metrics: Mapping[str, Any], samples: int = 1) -> None:
         """Add values to the metrics of training, to be logged as `train/<name>` at the next log point."""
@@ -161,22 +248,52 @@ class Loop:
 
     def evaluate(self, step: Step, loader: Any) -> dict[str, float]:
         """Validate: run the step over all batches, log `val/<name>`, tell the callbacks, and let the best checkpoint be kept."""
-        run = self._run
-        evaluation = evaluation_of(self._cfg, run.model, step, loader)
+        run, key = self._run, (id(step), id(loader))
+        if key not in self._evaluations:  # what it holds keeps both alive, so their ids stay theirs
+            self._evaluations[key] = evaluation_of(self._cfg, run.model, step, loader)
+        evaluation = self._evaluations[key]
         if evaluation is None:
             return {}
         run.progress.stopped_by = validate(self._cfg, run, evaluation) or run.progress.stopped_by
-        return dict(run.last_metrics)
+        return dict(run.progress.metrics)
 
     def finish(self) -> Result:
         """End the run: log what is left, save, close the loggers."""
         if not self._finished:
-            self._finished = True
             if self._run.progress.step > self._run.info.start_step:
+                self._warn_of_unused()
                 finish(self._cfg, self._run, None)
-            self._session.__exit__(None, None, None)
-            leave_if_told(self._run, self._session.signals.received)
+            self._close(None)
+            leave_if_told(self._run, self._signals)
         return result(self._run)
+
+    def _warn_of_unused(self) -> None:
+        """Warn of what was given and never used: an optimizer, or a metric to monitor."""
+        run = self._run
+        said = [
+            f"The optimizer {name!r} was never used: no run.update or run.apply had it. Its parameters are as they were."
+            for name, optimizer in run.optimizers.items()
+            if optimizer in run.unused and not optimizer.state
+        ]
+        if self._cfg.monitor is not None and run.progress.validated_at < 0:
+            said.append(
+                f"monitor={self._cfg.monitor!r} is a metric of the validation, and there was none: call run.evaluate in the loop."
+            )
+        for warning in said:
+            warnings.warn(warning, SheerWarning, stacklevel=3)
+
+    def _takes_number(self, step: Step) -> bool:
+        """Whether a step function takes the step's number; looked up once for each."""
+        known = self._numbered.get(id(step))
+        if known is None:
+            known = self._numbered[id(step)] = (step, takes_step_number(step, model=self._run.model))
+        return known[1]
+
+    def _refuse_outside(self, method: str) -> None:
+        if not self._run.in_steps:
+            raise RunError(
+                f"run.{method} belongs inside the loop, `for batch in run.steps(loader):`, which counts its steps; outside of it nothing does."
+            )
 
     def _with_samples(self, batch: Any) -> StepBatch:
         """Return a batch with its number of samples, which is known from the order where it is the one that `steps` yielded."""

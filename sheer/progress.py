@@ -1,15 +1,15 @@
-"""How far a run has come: counters that are saved and restored."""
+"""How far a run has come, and what it measured last: what is saved and restored."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(slots=True)
 class Progress:
-    """The counters of a run. A step counts once it has begun; all others count what is done."""
+    """Where a run stands. A step counts once it has begun; all others count what is done."""
 
     step: int = 0  # steps, from the start of the run
     epoch: int = 0  # whole epochs
@@ -20,12 +20,17 @@ class Progress:
     last_skipped: int = 0  # the last of them
     seconds: float = 0.0  # time spent between the start and the last save, earlier sessions counted in
     stopped_by: str | None = None  # why the run ended; None: it has not
+    metrics: dict[str, float] = field(
+        default_factory=dict
+    )  # of the last validation; of the last log point where there was none
+    validated_at: int = -1  # the step of that validation
+    scale: float = 1.0  # the factor of a gradient scaler after the last step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters."""
+        """Return all of it."""
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the counters back."""
+        """Take back what `state_dict` returned."""
         for name, value in state.items():
             setattr(self, name, value)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sheer.checkpoint import store
 from sheer.checkpoint.codec import decode
+from sheer.checkpoint.optimizer import NamedOptimizer
+from sheer.data.feed import TrainingData
 from sheer.due import duration_over
 from sheer.errors import RunError, SheerWarning
+from sheer.random import set_random_state
 from sheer.run import Run
 from sheer.rundir import refuse_differences
 from sheer.settings import Settings
 from sheer.signals import is_signal
 from sheer.weights import checkpoint_in, load_model
 
+DURATIONS = ("max_steps", "max_epochs", "max_time")
 
-def resume(cfg: Settings, run: Run) -> None:
-    """Restore the checkpoint that `resume` means, if it means one and there is one."""
+
+def resume(cfg: Settings, run: Run) -> dict[str, Any] | None:
+    """Restore the checkpoint that `resume` means. Returns what `open_data` needs of it, or None where there is none to go on from."""
     if cfg.resume is None:
-        return
+        return None
     if cfg.resume == "auto":
         path = newest_good(run.checkpoints)
         if path is None and store.committed(run.checkpoints):
@@ -28,27 +36,96 @@ def resume(cfg: Settings, run: Run) -> None:
                 f"No checkpoint in {run.checkpoints} can be used; see the warnings. To start anew, give another run_dir."
             )
         if path is None:
-            return
+            return None
     else:
         path = checkpoint_in(cfg.resume)
         refuse_differences(path, store.verify(path)["settings"], dataclasses.asdict(cfg))
-    restore(run, path, same_run=cfg.resume == "auto")
-    reason = run.progress.stopped_by
-    if is_signal(reason) or reason in ("max_steps", "max_epochs", "max_time"):
-        run.progress.stopped_by = duration_over(cfg, run)  # the durations may have grown since
+    state = restore(run, path, same_run=cfg.resume == "auto")
+    told = is_signal(run.progress.stopped_by) or run.progress.stopped_by in DURATIONS
+    if told or cfg.resume != "auto":
+        run.progress.stopped_by = duration_over(
+            cfg, run
+        )  # the durations may have grown since, or be those of another run
+    if cfg.resume != "auto" and run.progress.stopped_by is not None:
+        raise RunError(
+            f"{path} is of step {run.progress.step:,}, and {run.progress.stopped_by} is reached there: nothing would be trained. Durations count "
+            "from the run's first step, earlier sessions included. Give a longer one, or take the weights alone with sheer.load_weights."
+        )
     run.info = dataclasses.replace(run.info, start_step=run.progress.step)
-    run.console.say(f"resumed from {path}, at step {run.progress.step:,}")
+    run.resumed_from = path
+    return {"data": state["data"], "random": state["random"]}
 
 
-def restore(run: Run, path: Path, *, same_run: bool) -> None:
-    """Bring a run to where a checkpoint was made. The checkpoint was verified."""
+def restore(run: Run, path: Path, *, same_run: bool) -> dict[str, Any]:
+    """Bring a run to where a checkpoint was made, and return the state in it. The checkpoint was verified.
+
+    Args:
+        run: takes the state; its data and the random states are taken by `open_data`.
+        path: the checkpoint.
+        same_run: whether it is this very run that goes on, so that its loggers go on where they were.
+    """
     tensors = store.read_tensors(path, "state")
     weights, trained = store.read_tensors(path, "model"), store.read_tensors(path, "training")
     extra = decode(store.read_text(path, "extra"), tensors)
+    state: dict[str, Any] = decode(store.read_text(path, "state"), tensors)
     load_model(run.model, {**(trained or weights), **extra}, path)
-    run.load_state_dict(decode(store.read_text(path, "state"), tensors), same_run=same_run)
+    refuse_other_schedulers(run, state)
+    warn_of_changes(run, state)
+    run.progress.load_state_dict(state["progress"])
+    for name, scheduler in (run.schedulers | run.plateaus).items():
+        scheduler.load_state_dict(state["schedulers"][name])
+    for name, optimizer in run.optimizers.items():  # after the schedulers, which may touch the groups
+        NamedOptimizer(optimizer, run.model).load_state_dict(state["optimizers"][name])
+    if run.scaler is not None:
+        run.scaler.load_state_dict(state["scaler"])
+    run.metrics.load_state_dict(state["metrics"])
+    for name, callback in run.callbacks.items():
+        if name in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][name])
+    if same_run:
+        run.loggers.load_state_dict(state["loggers"])
     if trained and run.averaging is not None:
         run.averaging.load_averages(weights)
+    return state
+
+
+def refuse_other_schedulers(run: Run, state: dict[str, Any]) -> None:
+    """Raise `RunError` where other schedulers were saved than there are."""
+    classes = {name: type(scheduler).__name__ for name, scheduler in (run.schedulers | run.plateaus).items()}
+    if state["scheduler_classes"] != classes:
+        raise RunError(
+            f"The schedulers that were saved are {state['scheduler_classes'] or 'none'}, and these are {classes or 'none'}. Build the same, or "
+            "start a new run and take the weights with sheer.load_weights."
+        )
+
+
+def warn_of_changes(run: Run, state: dict[str, Any]) -> None:
+    """Warn of what may change when a run goes on, and changes what comes of it."""
+    said = []
+    gone = [name for name in state["callbacks"] if name not in run.callbacks]
+    if gone:
+        said.append(
+            f"The checkpoint holds the state of {', '.join(gone)}, and there is no such callback now: it is dropped."
+        )
+    averaging = type(run.averaging).__name__
+    if run.averaging is not None and averaging not in state["callbacks"] and state["progress"]["step"] > 0:
+        said.append(f"{averaging} was not there when the checkpoint was made: it begins to average here.")
+    if None not in (state["scheduled_steps"], run.scheduled_steps) and state["scheduled_steps"] != run.scheduled_steps:
+        said.append(
+            f"A scheduler was made for {state['scheduled_steps']} steps, and is now made for {run.scheduled_steps}: from here on it goes by the new "
+            "number, so the learning rate may jump."
+        )
+    for warning in said:
+        warnings.warn(warning, SheerWarning, stacklevel=5)
+
+
+def open_data(data: TrainingData | None, state: dict[str, Any] | None) -> Callable[[], None] | None:
+    """Bring the data to where it was saved. Returns what puts the random states back where the data says; None in a new run."""
+    if state is None:
+        return None
+    if data is not None and state["data"] is not None:
+        data.load_state_dict(state["data"])
+    return functools.partial(set_random_state, state["random"])
 
 
 def newest_good(directory: Path) -> Path | None:

@@ -11,13 +11,14 @@ import secrets
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sheer.errors import RunError, SettingsError
+from sheer.errors import RunError, SettingsError, SheerWarning
 from sheer.launch import overrides
 from sheer.settings import Settings
 from sheer.version import __version__
@@ -83,6 +84,7 @@ def run_record(path: Path, cfg: Settings, hparams: Mapping[str, Any], seed: int)
     record: dict[str, Any] = read_record(file) if file.exists() else {}
     if record:
         refuse_differences(path, record["settings"], settings)
+        warn_of_differences(path, record, plain(hparams), seed)
     else:
         record = {
             "id": secrets.token_hex(4),
@@ -91,8 +93,24 @@ def run_record(path: Path, cfg: Settings, hparams: Mapping[str, Any], seed: int)
             "hparams": plain(hparams),
             "sessions": [],
         }
-    record["sessions"].append(session())
+    record["sessions"].append({**describe_start(), "hparams": plain(hparams)})
     return record
+
+
+def warn_of_differences(path: Path, record: Mapping[str, Any], hparams: Any, seed: int) -> None:
+    """Warn of hyper-parameters that are not those of the run that goes on, and of another seed, where both were set."""
+    before = record["sessions"][-1].get("hparams", record["hparams"]) if record["sessions"] else record["hparams"]
+    said = [
+        f"{name}: {before.get(name, 'not there')!r} then, {hparams.get(name, 'not there')!r} now"
+        for name in {**before, **hparams}
+        if before.get(name) != hparams.get(name)
+    ]
+    if seed != record["seed"] and max(seed, record["seed"]) < 2**32:  # one that PyTorch chose is larger
+        said.append(f"seed: {record['seed']} then, {seed} now (the order of the data stays that of the first)")
+    if said:
+        warnings.warn(
+            f"The run in {path} goes on with other hyper-parameters: {'; '.join(said)}.", SheerWarning, stacklevel=5
+        )
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -195,14 +213,15 @@ def lock(path: Path) -> FileLock:
         held.acquire(timeout=0)
     except Timeout as error:
         raise RunError(
-            f"Another process is training in {path} at this moment. Wait for it, stop it, or give another run_dir."
+            f"Another process is training in {path} at this moment, or a run of this one that was not finished (run.finish()). Wait for it, stop "
+            "it, or give another run_dir."
         ) from error
     except OSError as error:
         raise not_writable(path, error) from error
     return held
 
 
-def session() -> dict[str, Any]:
+def describe_start() -> dict[str, Any]:
     """Describe this start: when, by which command, from which state of the code, on what."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from sheer.checkpoint import store
 from sheer.checkpoint.codec import encode
+from sheer.checkpoint.optimizer import NamedOptimizer
 from sheer.errors import NonFiniteError, RunError
+from sheer.random import random_state
 from sheer.run import Run, tensors_of
 from sheer.settings import Settings
 
@@ -21,14 +24,14 @@ def save(cfg: Settings, run: Run) -> Path:
         run.watch.check()
         check_weights(run.model, run.progress.step)
     tensors: dict[str, Tensor] = {}
-    state = encode(run.state_dict(), tensors)
+    state = encode(state_of(run), tensors)
     trained, averages = tensors_of(run.model), run.averaging.averages() if run.averaging is not None else None
     groups = {"model": {**trained, **(averages or {})}, "state": tensors}
     if averages is not None:
         groups["training"] = trained  # "model" holds the averages, which are what is used
     extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
     texts = {"state": state, "extra": encode(extra, tensors, "extra")}
-    metrics = run.last_metrics if run.validated_at == run.progress.step else {}
+    metrics = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
     facts = {"run_id": run.info.run_id, "metrics": encode(metrics, {}), "settings": dict(run.info.settings)}
     try:
         path = store.write(run.checkpoints, run.progress.step, groups, texts, facts)
@@ -45,6 +48,24 @@ def save(cfg: Settings, run: Run) -> Path:
         run.checkpoints, step, keep_last=keep_last, keep_best=keep_best, monitor=cfg.monitor, mode=cfg.monitor_mode
     )
     return path
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """Return all that a checkpoint holds besides the model's weights."""
+    schedulers = run.schedulers | run.plateaus
+    return {
+        "progress": {**run.progress.state_dict(), "seconds": run.seconds},
+        "scheduled_steps": run.scheduled_steps,
+        "optimizers": {name: NamedOptimizer(o, run.model).state_dict() for name, o in run.optimizers.items()},
+        "schedulers": {name: scheduler.state_dict() for name, scheduler in schedulers.items()},
+        "scheduler_classes": {name: type(scheduler).__name__ for name, scheduler in schedulers.items()},
+        "scaler": run.scaler.state_dict() if run.scaler is not None else None,
+        "metrics": run.metrics.state_dict(),
+        "random": random_state(),
+        "data": run.data.state_dict() if run.data is not None else None,
+        "callbacks": {name: callback.state_dict() for name, callback in run.callbacks.items()},
+        "loggers": run.loggers.state_dict(),
+    }
 
 
 def check_weights(model: nn.Module, step: int) -> None:
@@ -68,10 +89,10 @@ def is_among_best(cfg: Settings, run: Run) -> bool:
         cfg.checkpoint is None
         or cfg.monitor is None
         or cfg.checkpoint.keep_best == 0
-        or run.validated_at != run.progress.step
+        or run.progress.validated_at != run.progress.step
     ):
         return False
-    value = run.last_metrics[cfg.monitor]
+    value = run.progress.metrics[cfg.monitor]
     saves = [
         saved for saved in store.committed(run.checkpoints) if saved.step < run.progress.step
     ]  # later: see `prune`

@@ -1,14 +1,16 @@
-"""The time between the first and the last step: loggers and console open, signals heard, and all of it closed whatever happens."""
+"""The time between the first and the last step: the folder locked, loggers and console open, and all of it closed whatever happens."""
 
 from __future__ import annotations
 
 import sys
+import traceback
 from types import TracebackType
 
 import torch
 
+from sheer.checkpoint.store import committed
 from sheer.data.batch import describe
-from sheer.errors import RunError
+from sheer.errors import NonFiniteError, RunError
 from sheer.run import Run
 from sheer.rundir import forget, is_new, lock, write_record
 from sheer.signals import EXIT_STATUS, StopSignals
@@ -19,8 +21,8 @@ class Session:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.signals = StopSignals()
         self._open = False
+        self._told: BaseException | None = None
 
     def __enter__(self) -> Session:
         self._lock = lock(self.run.info.run_dir)
@@ -32,7 +34,6 @@ class Session:
         self._open = True
         self.run.loggers.start(self.run.info)
         self.run.console.open(self.run.progress, self.run.total_steps)
-        self.signals.__enter__()
         return self
 
     def __exit__(
@@ -41,15 +42,19 @@ class Session:
         if not self._open:  # one's own loop was left by a signal, or finished, inside its `with`
             return
         self._open = False
-        self.signals.__exit__(kind, error, trace)
         try:
             if error is not None:
-                error.add_note(self._where(error))
+                self.tell(error)
                 for callback in self.run.events.exception:
                     callback.on_exception(error)
         finally:  # a callback may fail, too
             self._close()
-        if error is not None and self.run.progress.step <= 1 and is_new(self.run.record) and self.run.saved is None:
+        if (
+            error is not None
+            and self.run.progress.step <= 1
+            and is_new(self.run.record)
+            and not committed(self.run.checkpoints)
+        ):
             forget(self.run.info.run_dir)
 
     def _close(self) -> None:
@@ -59,11 +64,22 @@ class Session:
         self.run.console.close()
         self._lock.release()
 
+    def tell(self, error: BaseException) -> None:
+        """Add to an error where it happened, once."""
+        if self._told is not error:
+            self._told = error
+            error.add_note(self._where(error))
+
     def _where(self, error: BaseException) -> str:
         """Say in which step an error happened, on which batch, with how much memory in use."""
         step, batch = self.run.progress.step, self.run.batch
+        passed = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
         lines = [f"In step {step:,}" if step else "Before the first step"]
-        if batch is not None:
+        if "sheer.data.feed" in passed:
+            lines = [f"While the batches of step {step + 1:,} were read from the training loader"]
+        elif isinstance(error, NonFiniteError):
+            lines = [f"Found at step {step:,}"]
+        elif batch is not None and "sheer.evaluation" not in passed:
             lines.append(f"its batch: {describe(batch)}")
         if self.run.compute.device.type != "cpu":
             used, top = torch.accelerator.memory_allocated(), torch.accelerator.max_memory_allocated()
@@ -76,10 +92,12 @@ class Session:
             lines.append(
                 "a StopIteration came out of your own code: a next() without a default, most likely; it does not end the epoch"
             )
+        if "backward through the graph a second time" in str(error):
+            lines.append("the step function calls backward itself, most likely: it is to return the loss, and no more")
         return "; ".join(lines) + "."
 
 
-def leave_if_told(run: Run, signal: str | None) -> None:
+def leave_if_told(run: Run, signals: StopSignals) -> None:
     """End the process if a signal came, also one that came while the last step was validated or saved.
 
     Nothing of the script that comes after the training is to run.
@@ -87,8 +105,9 @@ def leave_if_told(run: Run, signal: str | None) -> None:
     Raises:
         SystemExit: with status 85, which tells a scheduler to start the script again.
     """
-    if signal is None or hasattr(sys, "ps1"):  # at a prompt there is no process to end
+    if signals.received is None or hasattr(sys, "ps1"):  # at a prompt there is no process to end
         return
-    where = f"saved in {run.checkpoints / 'last'}" if run.saved else "not saved, since checkpoint=False"
-    print(f"stopped by {signal} after step {run.progress.step:,}, {where}", file=sys.stderr, flush=True)
+    last = run.checkpoints / "last"
+    where = f"saved in {last}" if last.is_symlink() else "not saved, since checkpoint=False"
+    print(f"stopped by {signals.received} after step {run.progress.step:,}, {where}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_STATUS)

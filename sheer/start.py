@@ -18,6 +18,7 @@ from sheer.announce import announce
 from sheer.build import (
     build_optimizer,
     build_scheduler,
+    built_by_function,
     check_parameters,
     make_compute,
     place_model,
@@ -38,6 +39,7 @@ from sheer.plugins import Plugins
 from sheer.resume import resume
 from sheer.run import Run
 from sheer.rundir import as_mapping, choose_run_dir, run_record
+from sheer.saving import state_of
 from sheer.settings import Settings
 
 
@@ -71,16 +73,18 @@ def total_steps(cfg: Settings, data: TrainingData | None) -> int | None:
     return min(known) if known else None
 
 
-def start(
+def start_run(
     cfg: Settings,
     plugins: Plugins,
     model: nn.Module,
     optimizers: Mapping[str, Optimizer | Callable[[nn.Module], Optimizer]],
     schedulers: Mapping[str, Any],
     data: TrainingData | None,
-    numbered: tuple[Callable[..., Any], ...] = (),
-) -> Run:
+) -> tuple[Run, dict[str, Any] | None]:
     """Make a run out of what the user passed; where one is to be resumed, bring it to where its checkpoint was made.
+
+    Returns:
+        the run, and what `open_data` needs of the checkpoint that it goes on from.
 
     Raises:
         SettingsError, ModelError, RunError: something does not fit; the message says what, and what to do.
@@ -115,8 +119,8 @@ def start(
         plateaus={name: s for name, s in scheduled.items() if isinstance(s, ReduceLROnPlateau)},
         scaler=torch.amp.GradScaler(compute.device.type) if cfg.precision == "16-mixed" else None,
         compute=compute,
-        numbered=numbered,
         parameters=parameters,
+        unused=set(parameters),
         events=events,
         callbacks=named(plugins.callbacks),
         averaging=next((callback for callback in plugins.callbacks if hasattr(callback, "averages")), None),
@@ -139,18 +143,16 @@ def start(
         ),
         record=record,
         total_steps=steps,
+        scheduled_steps=steps if any(built_by_function(s) for s in schedulers.values()) else None,
         data=data,
     )
-    encode(run.state_dict(), {})  # what cannot be saved is refused now, not at the first save
-    resume(cfg, run)
+    if run.scaler is not None:
+        run.progress.scale = run.scaler.get_scale()
+    encode(state_of(run), {})  # what cannot be saved is refused now, not at the first save
+    restored = resume(cfg, run)
     check_length_of_schedules(cfg, run)
     announce(cfg, run)
-    return run
-
-
-def numbered(model: nn.Module, *steps: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
-    """Return those step functions that take the number of the step."""
-    return tuple(step for step in steps if takes_step_number(step, model=model))
+    return run, restored
 
 
 def evaluation_of(

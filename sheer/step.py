@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim import Optimizer
 
 from sheer.data.batch import StepBatch, describe, micro_batches
-from sheer.errors import NonFiniteError, StepError
+from sheer.errors import NonFiniteError, SheerWarning, StepError
 from sheer.metrics import Mean, Number
 from sheer.run import Run
 from sheer.settings import Settings
@@ -23,11 +24,12 @@ MAX_SKIPPED = 100  # steps in a row that `nonfinite="skip"` may leave out
 _TINY = 1e-12  # stands for a count of 0, so that a batch in which nothing counts gives a gradient of 0
 
 
-def backward(cfg: Settings, run: Run, step: Step, batch: StepBatch, prefix: str = "") -> Any:
+def backward(cfg: Settings, run: Run, step: Step, numbered: bool, batch: StepBatch, prefix: str = "") -> Any:
     """Run `step` forward and backward over the micro-batches of one step, and add what it returns to the metrics.
 
     The gradient is sum(weight x mean) / sum(weights). A scalar loss is the mean over its micro-batch and weighs by its samples,
     which are known beforehand. The weights of `Mean`s are on the device: their sum divides the gradients once, behind the last.
+    `numbered` says that the step takes the step's number.
 
     Returns:
         What the step returned for the last micro-batch.
@@ -37,7 +39,7 @@ def backward(cfg: Settings, run: Run, step: Step, batch: StepBatch, prefix: str 
     counts: list[Number] = []
     for part, samples in parts:
         with run.compute.autocast:
-            output = step(run.model, part, run.progress.step) if step in run.numbered else step(run.model, part)
+            output = step(run.model, part, run.progress.step) if numbered else step(run.model, part)
         loss = output if isinstance(output, (Tensor, Mean)) else loss_in(step, output)
         if isinstance(loss, Mean) and len(parts) == 1:
             loss = loss.total / nonzero(loss.count)
@@ -63,6 +65,8 @@ def backward(cfg: Settings, run: Run, step: Step, batch: StepBatch, prefix: str 
 def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) -> None:
     """Clip the gradients of `optimizer`, update its parameters, clear the gradients, and move `scheduler`."""
     parameters = run.parameters[optimizer]
+    if optimizer in run.unused:
+        check_first_gradients(run, optimizer)
     if run.scaler is not None:
         run.scaler.unscale_(optimizer)
     for callback in run.events.gradients:
@@ -80,8 +84,11 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
     if run.scaler is not None:
         run.scaler.step(optimizer)
         run.scaler.update()
-        before, run.scale = run.scale, run.scaler.get_scale()  # waits for the device: the one flag a step
-        taken = run.scale >= before
+        before, run.progress.scale = (
+            run.progress.scale,
+            run.scaler.get_scale(),
+        )  # waits for the device: the one flag a step
+        taken = run.progress.scale >= before
     elif cfg.nonfinite == "skip":
         taken = math.isfinite(norm)  # waits for the device: the one flag a step
         if taken:
@@ -97,6 +104,32 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
         scheduler.step()
     for updated in run.events.update:
         updated.on_update(run.progress.step, run.model)
+
+
+def check_first_gradients(run: Run, optimizer: Optimizer) -> None:
+    """See that the first backward of an optimizer has reached its parameters.
+
+    Raises:
+        StepError: it reached none of them.
+    """
+    run.unused.remove(optimizer)
+    held = {id(parameter) for parameter in run.parameters[optimizer]}
+    trained = {n: p for n, p in run.model.named_parameters() if id(p) in held and p.requires_grad}
+    left = [name for name, parameter in trained.items() if parameter.grad is None]
+    if left and len(left) == len(trained):
+        raise StepError(
+            f"The loss of step {run.progress.step} gave no gradient to any of the optimizer's {len(left)} parameters ({left[0]}, ...), so nothing "
+            "would be trained. Most likely the step does not use the `model` that it is given, but another, or a copy of it. Compute the loss "
+            "with that argument; to compile it, set compile=True."
+        )
+    if left:
+        shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        warnings.warn(
+            f"The loss of step {run.progress.step} gave no gradient to {shown}: no update changes {'it' if len(left) == 1 else 'them'} unless a later "
+            "loss depends on it. Where that is meant, freeze with requires_grad_(False).",
+            SheerWarning,
+            stacklevel=4,
+        )
 
 
 def loss_in(step: Step, output: object) -> Any:

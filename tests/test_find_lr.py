@@ -104,7 +104,11 @@ def test_a_rate_that_is_a_tensor_stays_one() -> None:
 def test_a_loss_that_never_falls_suggests_nothing() -> None:
     net = nn.Linear(6, 1)
     finding = sheer.find_lr(
-        net, lambda net, batch: net.weight.sum() * 0 + 1, loader(), SGD(net.parameters(), lr=0.1), steps=8
+        net,
+        lambda net, batch: (net.weight.sum() + net.bias.sum()) * 0 + 1,
+        loader(),
+        SGD(net.parameters(), lr=0.1),
+        steps=8,
     )
     assert finding.suggestion is None
 

@@ -362,3 +362,48 @@ def test_an_evaluation_that_stops_the_loop_and_averages_resume_exactly() -> None
         again, again_reason = train(f"stopped-{stop}")
         assert_same(again.state_dict(), whole.state_dict())
         assert again_reason == reason
+
+
+def test_the_end_of_the_steps_saves_at_once_and_finish_not_again() -> None:
+    net = model()
+    optimizer = AdamW(net.parameters())
+    saves: list[int] = []
+    made = trainer(
+        run_dir="run", checkpoint=True, max_steps=3, callbacks=[sheer.On(save=lambda step, path: saves.append(step))]
+    )
+    run = made.start(net, optimizers={"adam": optimizer})
+    for batch in run.steps(loader()):
+        run.update(optimizer, step, batch)
+    assert saves == [3]
+    run.finish()
+    assert saves == [3]
+
+
+def test_what_is_measured_after_the_steps_is_saved_by_finish() -> None:
+    net = model()
+    optimizer = AdamW(net.parameters())
+    run = trainer(run_dir="run", checkpoint=True, max_steps=3).start(net, optimizers={"adam": optimizer})
+    for batch in run.steps(loader()):
+        run.update(optimizer, step, batch)
+    metrics = run.evaluate(step, loader(shuffle=False))
+    run.finish()
+    assert json.loads(Path("run/checkpoints/last/manifest.json").read_text())["metrics"] == metrics
+
+
+def test_signals_are_the_scripts_own_before_and_after_the_steps() -> None:
+    net = model()
+    optimizer = AdamW(net.parameters())
+    own = signal.getsignal(signal.SIGINT)
+    run = trainer(run_dir="run", max_steps=3).start(net, optimizers={"adam": optimizer})
+    assert signal.getsignal(signal.SIGINT) is own
+    for batch in run.steps(loader()):
+        assert signal.getsignal(signal.SIGINT) is not own
+        run.update(optimizer, step, batch)
+    assert signal.getsignal(signal.SIGINT) is own
+    run.finish()
+    run = trainer(run_dir="broken-off", max_steps=3).start(net, optimizers={"adam": optimizer})
+    for batch in run.steps(loader()):
+        run.update(optimizer, step, batch)
+        break
+    assert signal.getsignal(signal.SIGINT) is own
+    run.finish()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sheer.averaging import AveragedWeights
-from sheer.errors import SettingsError
+from sheer.errors import SettingsError, SheerWarning
 from sheer.events import RunInfo
 
 
@@ -74,3 +76,16 @@ class EMA:
     def load_averages(self, weights: Mapping[str, Tensor]) -> None:
         """Take the averages that a checkpoint holds."""
         self._weights.load(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how the averages were made."""
+        return {"decay": self.decay}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Warn where the averages that go on were made otherwise."""
+        if state["decay"] != self.decay:
+            warnings.warn(
+                f"The averages were made with EMA(decay={state['decay']!r}), and go on with decay={self.decay!r}.",
+                SheerWarning,
+                stacklevel=2,
+            )

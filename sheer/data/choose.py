@@ -26,6 +26,10 @@ def check_loader(loader: Any, what: str, *, passes: int) -> None:
         raise DataError(
             f"{what} is a dataset ({type(loader).__name__}). Wrap it: DataLoader(dataset, batch_size=..., shuffle=True)."
         )
+    elif isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], (DataLoader, Dataset)):
+        raise DataError(
+            f"{what} is a {type(loader).__name__} of {type(loader[0]).__name__}s. Give a dict, which names each: {{'a': loader_a, 'b': loader_b}}."
+        )
     elif isinstance(loader, (torch.Tensor, str)):
         raise DataError(
             f"{what} is a {type(loader).__name__}. Wrap it: DataLoader(TensorDataset(x, y), batch_size=...)."

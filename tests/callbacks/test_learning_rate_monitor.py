@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,16 @@ def test_groups_by_name_or_number_with_momentum_and_weight_decay() -> None:
     assert line["momentum/first"] == 0.9 and line["weight_decay/1"] == 0.01
 
 
+def loss_of_part(name: str, net: nn.Module, batch: Any) -> Any:
+    return loss_step(net[name], batch)
+
+
 def test_optimizers_by_name() -> None:
     net = nn.ModuleDict({"d": nn.Linear(6, 1), "g": nn.Linear(6, 1)})
     optimizers = {name: SGD(net[name].parameters(), lr=rate) for name, rate in (("d", 0.1), ("g", 0.2))}
     monitor = sheer.LearningRateMonitor()
     with trainer(callbacks=[monitor], max_steps=1, max_epochs=None).start(net, optimizers=optimizers) as run:
         for batch in run.steps(loader()):
-            run.update(optimizers["d"], lambda net, batch: loss_step(net["d"], batch), batch)
+            for name, optimizer in optimizers.items():
+                run.update(optimizer, functools.partial(loss_of_part, name), batch)
     assert monitor.on_log(1, {}) == {"lr/d": 0.1, "lr/g": 0.2}

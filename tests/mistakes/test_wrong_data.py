@@ -295,7 +295,7 @@ def test_an_error_in_the_dataset_comes_through_with_the_step(workers: int) -> No
     with pytest.raises(KeyError) as error:
         fit(loader=DataLoader(Broken(), batch_size=16, num_workers=workers))
     assert "sample 50 is broken" in str(error.value)
-    assert "In step 3" in error.value.__notes__[0]
+    assert error.value.__notes__[-1] == "While the batches of step 4 were read from the training loader."
 
 
 def test_a_micro_batch_size_that_cannot_cut_a_packed_sequence() -> None:

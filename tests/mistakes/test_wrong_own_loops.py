@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 import sheer
-from sheer import DataError, ModelError, SettingsError, StepError
+from sheer import DataError, ModelError, RunError, SettingsError, StepError
 from tests.task import loader, loss_step, model, step
 
 
@@ -117,3 +120,88 @@ def test_a_monitored_metric_that_the_evaluation_does_not_return() -> None:
             run.update(optimizer, loss_step, batch)
             run.evaluate(step, loader(32, shuffle=False))
     assert run.step == 1
+
+
+def test_an_update_outside_of_the_loop() -> None:
+    net = model()
+    optimizer = sgd(net)
+    run = started(net, {"sgd": optimizer})
+    batch = next(iter(loader()))
+    for use in (
+        lambda: run.update(optimizer, step, batch),
+        lambda: run.backward(step, batch),
+        lambda: run.apply(optimizer),
+    ):
+        with pytest.raises(RunError, match="belongs inside the loop"):
+            use()
+    assert run.step == 0
+    run.finish()
+
+
+def test_an_error_in_an_update_is_told_with_its_step_once() -> None:
+    def broken(net: nn.Module, batch: Any) -> Any:
+        raise ValueError("broken")
+
+    def trained(run: sheer.Loop) -> None:
+        for batch in run.steps(loader()):
+            run.update(optimizer, step if run.step < 2 else broken, batch)
+
+    net = model()
+    optimizer = sgd(net)
+    where = ["In step 2; its batch: [float32 [16, 6], float32 [16, 1]]."]
+    with pytest.raises(ValueError, match="broken") as caught, started(net, {"sgd": optimizer}) as run:
+        trained(run)
+    assert caught.value.__notes__ == where
+    run = started(net, {"sgd": optimizer})
+    with pytest.raises(ValueError, match="broken") as caught:
+        trained(run)
+    assert caught.value.__notes__ == where
+    run.finish()
+
+
+def test_an_optimizer_that_was_never_used() -> None:
+    net: Any = nn.ModuleDict({"d": nn.Linear(6, 1), "g": nn.Linear(6, 1)})
+    optimizers = {name: SGD(net[name].parameters(), lr=0.1) for name in "dg"}
+    with pytest.warns(sheer.SheerWarning, match="The optimizer 'g' was never used"), started(net, optimizers) as run:
+        for batch in run.steps(loader()):
+            run.update(optimizers["d"], lambda net, batch: loss_step(net["d"], batch), batch)
+
+
+def test_a_monitored_metric_without_an_evaluation() -> None:
+    net = model()
+    optimizer = sgd(net)
+    with (
+        pytest.warns(sheer.SheerWarning, match="call run.evaluate in the loop"),
+        started(net, {"sgd": optimizer}, monitor="val/loss") as run,
+    ):
+        for batch in run.steps(loader()):
+            run.update(optimizer, step, batch)
+
+
+UNFINISHED = """
+import sheer, torch
+from tests.task import loader, model, step
+
+net = model()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+run = sheer.Trainer(max_steps=3, run_dir="run").start(net, optimizers={"sgd": optimizer})
+for batch in run.steps(loader()):
+    run.update(optimizer, step, batch)
+    if run.step == 2:
+        LEAVE
+"""
+
+
+@pytest.mark.parametrize(("leave", "status", "saved"), [("break", 0, [2]), ("pass", 0, [3]), ("1 / 0", 1, [])])
+def test_a_script_that_ends_without_finish(leave: str, status: int, saved: list[int]) -> None:
+    Path("train.py").write_text(UNFINISHED.replace("LEAVE", leave))
+    root = str(Path(__file__).parent.parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); exec(open('train.py').read())"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert ("without run.finish()" in done.stderr) is (status == 0)
+    assert [int(path.name[5:]) for path in sorted(Path("run/checkpoints").glob("step-*"))] == saved
+    if status == 0:
+        assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 1, "what was not logged yet is"

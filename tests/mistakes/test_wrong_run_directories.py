@@ -68,9 +68,11 @@ def test_resuming_with_a_list_of_another_length() -> None:
 
 def test_resuming_with_another_model() -> None:
     finished_run()
+    net = linear()
+    torch.manual_seed(2)  # that of the run
     refused_and_untouched(
         RunError, "are of another model", "not in step-00000004: weight", "not in the model: 0.bias, 0.weight, 1.bias",
-        net=linear(), step=loss_step, **AGAIN,
+        net=net, step=loss_step, **AGAIN,
     )  # fmt: skip
 
 
@@ -110,6 +112,7 @@ def test_resuming_with_another_scheduler(scheduler: Any) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:A scheduler was made for 4 steps")
 def test_resuming_a_one_cycle_schedule_in_a_longer_run() -> None:
     how: dict[str, Any] = {"scheduler": lambda optimizer, total: OneCycleLR(optimizer, 0.1, total_steps=total)}
     finished_run(**how)
@@ -215,7 +218,7 @@ def test_loading_the_weights_of_another_model_lists_all_that_differs() -> None:
 
 def test_loading_the_best_where_nothing_was_monitored() -> None:
     finished_run()
-    with pytest.raises(RunError, match="run has no 'best' checkpoint: was `monitor` set.*There are step-00000004"):
+    with pytest.raises(RunError, match=r"run has no 'best' checkpoint: was `monitor` set.*There are step-00000004"):
         sheer.load_weights(model(), "run")
 
 
@@ -261,3 +264,67 @@ def test_of_two_runs_that_start_in_one_folder_at_once_one_is_refused() -> None:
 
     assert fit(net=net, callbacks=[StartsAnother()], run_dir="run", max_steps=1).step == 1
     assert len(json.loads(Path("run/run.json").read_text())["sessions"]) == 1
+
+
+def test_going_on_from_a_path_that_is_beyond_the_duration() -> None:
+    finished_run()
+    refused(
+        RunError,
+        "max_steps is reached there: nothing would be trained",
+        resume="run",
+        run_dir="new",
+        max_steps=4,
+        max_epochs=None,
+    )
+
+
+def test_a_run_of_another_folder_that_was_stopped_goes_on() -> None:
+    fit(
+        run_dir="run",
+        checkpoint=True,
+        max_steps=4,
+        max_epochs=None,
+        callbacks=[sheer.On(step_end=lambda step, model: "enough" if step == 3 else None)],
+    )
+    result = fit(run_dir="new", resume="run", checkpoint=True, max_steps=6, max_epochs=None)
+    assert (result.step, result.stopped_by) == (6, "max_steps")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"callbacks": [sheer.EMA(0.9)]}, {}, "holds the state of EMA, and there is no such callback now"),
+        ({}, {"callbacks": [sheer.EMA(0.9)]}, "EMA was not there when the checkpoint was made"),
+        (
+            {"callbacks": [sheer.EMA(0.9)]},
+            {"callbacks": [sheer.EMA(0.5)]},
+            r"made with EMA\(decay=0.9\), and go on with decay=0.5",
+        ),
+        (
+            {"hparams": {"width": 8, "depth": 1}},
+            {"hparams": {"width": 9, "depth": 1}},
+            "other hyper-parameters: width: 8 then, 9 now",
+        ),
+    ],
+)
+def test_what_may_change_on_a_resume_is_warned_of(before: dict[str, Any], after: dict[str, Any], said: str) -> None:
+    fit(run_dir="run", checkpoint=True, max_steps=2, max_epochs=None, **before)
+    with pytest.warns(sheer.SheerWarning, match=said):
+        fit(run_dir="run", checkpoint=True, max_steps=4, max_epochs=None, resume="auto", **after)
+
+
+def test_another_seed_on_a_resume_is_warned_of() -> None:
+    fit(run_dir="run", checkpoint=True, max_steps=2, max_epochs=None)
+    net = model()
+    torch.manual_seed(9)
+    with pytest.warns(sheer.SheerWarning, match="seed: 2 then, 9 now"):
+        fit(net=net, run_dir="run", checkpoint=True, max_steps=4, max_epochs=None, resume="auto")
+
+
+def test_a_run_that_is_over_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(run_dir="run", checkpoint=True, max_steps=2, max_epochs=None)
+    capsys.readouterr()
+    fit(run_dir="run", checkpoint=True, max_steps=2, max_epochs=None, resume="auto")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("sheer ") and lines[-2].startswith("resumed from")
+    assert lines[-1] == "the run is over (max_steps), so nothing is trained; to go on, give it a longer duration"

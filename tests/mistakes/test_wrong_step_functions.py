@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -137,7 +138,12 @@ def test_what_is_no_function_in_place_of_the_step() -> None:
 def test_a_wrong_eval_step_is_found_before_the_training() -> None:
     val = loader(32, shuffle=False)
     refused(StepError, "eval_step is called with (model, batch)", val_loader=val, eval_step=lambda batch: batch)
-    refused(StepError, "returned a NoneType", val_loader=val, eval_step=lambda net, batch: None)
+    refused(
+        StepError,
+        "The step returned None; is there a `return` missing?",
+        val_loader=val,
+        eval_step=lambda net, batch: None,
+    )
     refused(StepError, "'all' with shape [32, 1]", val_loader=val, eval_step=lambda net, batch: {"all": net(batch[0])})
 
 
@@ -147,7 +153,9 @@ def test_an_error_in_the_validation_is_raised_before_the_training() -> None:
 
     with pytest.raises(IndexError) as error:
         fit(broken, val_loader=loader(32, shuffle=False), max_epochs=1)
-    assert "Before the first step" in error.value.__notes__[0]
+    evaluated, trial, where = error.value.__notes__
+    assert evaluated == "While val was evaluated; its batch: [float32 [32, 6], float32 [32, 1]]."
+    assert "This was the trial of the validation" in trial and where == "Before the first step."
 
 
 def once(values: list[int]) -> Any:
@@ -171,7 +179,7 @@ def test_a_stop_iteration_in_the_step_does_not_end_the_epoch(accumulate: int) ->
 def test_a_stop_iteration_in_the_validation_does_not_end_it() -> None:
     with pytest.raises(StopIteration) as error:
         fit(val_loader=loader(32, shuffle=False), eval_step=lambda net, batch: once([1]))
-    assert "came out of your own code" in error.value.__notes__[0]
+    assert "came out of your own code" in error.value.__notes__[-1]
 
 
 def test_a_stop_iteration_in_a_test_or_prediction_is_an_error() -> None:
@@ -214,3 +222,42 @@ def test_a_mean_whose_total_cannot_be_trained_on(total: Callable[[Tensor], Any])
 
 def test_a_partial_function_is_no_mistake() -> None:
     assert fit(functools.partial(lambda scale, net, batch: loss_step(net, batch) * scale, 2.0), max_steps=2).step == 2
+
+
+def test_a_step_that_uses_another_model() -> None:
+    other = model()
+    refused(
+        StepError, "gave no gradient to any of the optimizer's 6 parameters (0.weight, ...)", "does not use the `model` that it is given",
+        step=lambda net, batch: step(other, batch),
+    )  # fmt: skip
+
+
+def test_a_step_that_uses_a_part_of_the_model() -> None:
+    def part(net: Any, batch: Any) -> Any:
+        return (net[0](batch[0]).mean(1, keepdim=True) - batch[1]).square().mean()
+
+    with pytest.warns(sheer.SheerWarning, match="gave no gradient to 1.weight, 1.bias, 4.weight and 1 more"):
+        fit(part)
+
+
+def test_a_step_that_calls_backward() -> None:
+    def eager(net: nn.Module, batch: Any) -> Any:
+        loss = step(net, batch)["loss"]
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="second time") as caught:
+        fit(eager)
+    assert "the step function calls backward itself, most likely" in caught.value.__notes__[0]
+
+
+def test_a_loss_inside_of_an_object() -> None:
+    @dataclasses.dataclass
+    class Output:
+        loss: Tensor
+
+    refused(
+        StepError,
+        "returned a Output. Return its loss: output.loss",
+        step=lambda net, batch: Output(step(net, batch)["loss"]),
+    )
