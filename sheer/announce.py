@@ -30,10 +30,10 @@ def announce(cfg: Settings, run: Run) -> None:
 def announce_data(cfg: Settings, run: Run) -> None:
     """Say what is trained on, and how long."""
     if run.data is not None:
-        run.console.say(f"data: {run.data.described}{length(cfg, run)}")
+        run.console.say(f"data: {run.data.described}{describe_length(cfg, run)}")
 
 
-def length(cfg: Settings, run: Run) -> str:
+def describe_length(cfg: Settings, run: Run) -> str:
     """Say how long the run is, as far as it is known."""
     known = [f"{run.total_steps:,} steps"] if run.total_steps is not None else []
     if run.data is not None and run.data.steps_per_epoch is not None:

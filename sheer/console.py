@@ -105,14 +105,14 @@ class Console:
 
     def _tail(self, step: int) -> list[str]:
         tail = [
-            f"{name.split('/')[-1]} {number(value)}"
+            f"{name.split('/')[-1]} {short_number(value)}"
             for name, value in self._latest.items()
             if name.startswith("train/")
         ][:3]
         (then, before), (now, done) = self._marks[0], self._marks[-1]
         speed = (done - before) / (now - then) if now > then else 0.0
         if speed > 0:
-            tail.append(f"{number(speed)} steps/s")
+            tail.append(f"{short_number(speed)} steps/s")
             if self._total:
                 tail.append(f"{clock((self._total - step) / speed)} left")
         return tail
@@ -124,7 +124,7 @@ class Console:
         validated = not any(name.startswith("train/") for name in shown)  # what callbacks add has names of its own
         if shown and (self._live is None or validated):
             of = f"/{self._total:,}" if self._total else ""
-            values = " · ".join(f"{name} {number(value)}" for name, value in list(shown.items())[:_MOST])
+            values = " · ".join(f"{name} {short_number(value)}" for name, value in list(shown.items())[:_MOST])
             values += f" · and {len(shown) - _MOST} more" if len(shown) > _MOST else ""
             self.say(f"step {step:,}{of} · epoch {int(metrics.get('epoch', 0))} · {values}")
 
@@ -135,7 +135,7 @@ class Console:
             self._live = None
 
 
-def number(value: float) -> str:
+def short_number(value: float) -> str:
     """Write a number short: four significant digits, thousands set off."""
     if value != value or value in (float("inf"), float("-inf")):
         return str(value)

@@ -16,11 +16,11 @@ from sheer.errors import RunError
 from sheer.evaluation import Compute, Evaluation, evaluate, named_loaders, predict
 from sheer.events import Events, RunInfo, events_of
 from sheer.loggers.base import Loggers
+from sheer.loss import Step
 from sheer.metrics import Media
 from sheer.plugins import Plugins
 from sheer.settings import Settings
 from sheer.start import set_backends
-from sheer.step import Step
 from sheer.weights import load_weights
 
 

@@ -62,7 +62,7 @@ def evaluate(
             where = _Place(evaluation.prefix, loader_name)
             with (
                 where,
-                closing(counted(loader, evaluation.limit)) as batches,
+                closing(counted_batches(loader, evaluation.limit)) as batches,
             ):  # on an error too, so that workers end now
                 for batch, samples in batches:
                     where.batch = batch
@@ -106,7 +106,7 @@ def predict(
 ) -> Iterator[Any]:
     """Yield what the step returns for each batch, as it comes; nothing is piled up."""
     with eval_mode(model, events):
-        for batch, _ in counted(loader, limit):
+        for batch, _ in counted_batches(loader, limit):
             batch = compute.prepared(batch)
             with (
                 torch.no_grad(),
@@ -143,7 +143,7 @@ def named_loaders(loaders: Any) -> list[tuple[str, Any]]:
     return [("", loaders)]
 
 
-def counted(loader: Iterable[Any], limit: int | float | None = None) -> Generator[tuple[Any, int], None, None]:
+def counted_batches(loader: Iterable[Any], limit: int | float | None = None) -> Generator[tuple[Any, int], None, None]:
     """Yield each batch with its number of samples: known from the order, or the leading dimension of its first tensor.
 
     Raises:

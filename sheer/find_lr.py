@@ -20,11 +20,11 @@ from sheer.console import Console
 from sheer.errors import SettingsError
 from sheer.events import RunInfo
 from sheer.loop import fit
+from sheer.loss import Step
 from sheer.plugins import Plugins
 from sheer.random import random_state, set_random_state
 from sheer.schedules import set_rate
 from sheer.settings import Settings, expanded
-from sheer.step import Step
 
 DIVERGED = 4.0  # times the lowest loss, in its smoothed course: what comes after it tells nothing
 
@@ -87,15 +87,15 @@ def find_lr(
         raise SettingsError(
             f"find_lr(min_lr={min_lr!r}, max_lr={max_lr!r}, steps={steps!r}): min_lr must be above 0 and below max_lr, with 5 steps at least."
         )
-    cfg = sweep_settings(settings or Settings(), steps)
-    place_model(model, make_compute(cfg.precision, resolve_device(cfg.device)))
+    swept = sweep_settings(settings or Settings(), steps)
+    place_model(model, make_compute(swept.precision, resolve_device(swept.device)))
     optimizer = build_optimizer(model, optimizer)
     sweep = _Sweep(min_lr, max_lr, steps)
     states, modes = random_state(), [(module, module.training) for module in model.modules()]
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     silent: Any = Console(live=False, file=io.StringIO())
     try:
-        fit(cfg, Plugins([sweep], [silent]), model, step, loader, None, step, optimizer, None, False)
+        fit(swept, Plugins([sweep], [silent]), model, step, loader, None, step, optimizer, None, False)
     finally:
         if sweep.run_dir is not None:
             shutil.rmtree(sweep.run_dir, ignore_errors=True)  # it is gone where the first step failed

@@ -14,16 +14,17 @@ from sheer.console import clock
 from sheer.data.batch import StepBatch
 from sheer.due import duration_over, save_is_due, validation_is_due
 from sheer.evaluation import Evaluation, evaluate
+from sheer.loss import Step
 from sheer.metrics import put_back
 from sheer.plugins import Plugins
 from sheer.resume import open_data
 from sheer.run import Run
-from sheer.saving import save
+from sheer.saving import save_checkpoint
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings
 from sheer.signals import StopSignals, is_signal
 from sheer.start import evaluation_of, start_run, training_data
-from sheer.step import Step, apply, backward
+from sheer.step import apply, backward
 
 
 def fit(
@@ -182,7 +183,7 @@ def report(run: Run, metrics: dict[str, float]) -> None:
 
 def save_and_tell(cfg: Settings, run: Run) -> None:
     """Save, and tell the callbacks."""
-    path = save(cfg, run)
+    path = save_checkpoint(cfg, run)
     run.saved_at = run.progress.step
     for callback in run.events.save:
         callback.on_save(run.progress.step, path)

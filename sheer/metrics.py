@@ -14,7 +14,7 @@ from sheer.errors import StepError
 
 Number = Tensor | float | int
 SMALL = 64  # bytes; a scalar may own far more: that of mse_loss lies in the memory of all the squares
-_FOLD = 1024  # values of one metric that are kept one by one before they are stacked, to bound their number
+_MOST_KEPT = 1024  # values of one metric that are kept one by one before they are stacked, to bound their number
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Metrics:
                 kept = value.detach()
                 entry.totals.append(kept if kept.untyped_storage().nbytes() <= SMALL else kept.clone())
                 entry.counts.append(samples)
-                if len(entry.totals) == _FOLD:
+                if len(entry.totals) == _MOST_KEPT:
                     entry.fold()
             else:
                 self._add_any(prefix + name, value, samples)
@@ -140,7 +140,7 @@ class Metrics:
             )
         entry.totals.append(_scalar(name, total))
         entry.counts.append(_scalar(name, count))
-        if len(entry.totals) >= _FOLD:
+        if len(entry.totals) >= _MOST_KEPT:
             entry.fold()
 
     def read(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from sheer.errors import NonFiniteError
 from sheer.metrics import SMALL
 
-_FOLD = 1024
+_MOST_WATCHED = 1024
 
 
 class Watch:
@@ -24,7 +24,7 @@ class Watch:
         kept = value.detach()
         self._values.append(kept if kept.untyped_storage().nbytes() <= SMALL else kept.clone())
         self._seen.append((step, what))
-        if len(self._values) == _FOLD:
+        if len(self._values) == _MOST_WATCHED:
             self._fold()
 
     def _fold(self) -> None:

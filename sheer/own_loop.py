@@ -21,14 +21,15 @@ from sheer.data.batch import StepBatch, count_samples
 from sheer.errors import RunError, SettingsError, SheerWarning
 from sheer.evaluation import Evaluation
 from sheer.loop import begin, begin_step, count_batches, end_step, finish, save_and_tell, validate
+from sheer.loss import Step
 from sheer.plugins import Plugins
 from sheer.resume import open_data
 from sheer.run import Result, Run, result
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings, unknown_name
 from sheer.signals import StopSignals
-from sheer.start import evaluation_of, start_run, total_steps, training_data
-from sheer.step import Step, apply, backward, scale_gradients
+from sheer.start import count_steps, evaluation_of, start_run, training_data
+from sheer.step import apply, backward, scale_gradients
 
 
 def start_loop(
@@ -67,7 +68,7 @@ def own_steps(
     progress = run.progress
     if progress.stopped_by is not None:
         return
-    run.data, run.total_steps = train, total_steps(cfg, train)
+    run.data, run.total_steps = train, count_steps(cfg, train)
     restore_random = open_data(train, restored)
     announce_data(cfg, run)
     run.console.expect(run.total_steps)

@@ -42,7 +42,7 @@ def choose_run_dir(cfg: Settings) -> Path:
     """Return the run's folder: the one that was set, or `runs/<script>/<time>`."""
     if cfg.run_dir is not None:
         return Path(cfg.run_dir)
-    folder = Path("runs") / script().stem
+    folder = Path("runs") / main_script().stem
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     candidates = itertools.chain([folder / now], (folder / f"{now}-{number}" for number in itertools.count(2)))
     return next(path for path in candidates if was_made(path))
@@ -63,7 +63,7 @@ def was_made(path: Path) -> bool:
     return True
 
 
-def script() -> Path:
+def main_script() -> Path:
     """Return the script that Python was started with; `interactive` where there is none."""
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     return Path(main) if main else Path("interactive")
@@ -225,15 +225,15 @@ def describe_start() -> dict[str, Any]:
     """Describe this start: when, by which command, from which state of the code, on what."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": command(),
-        "script": str(script()),
-        "git": git_state(script().parent),
+        "command": start_command(),
+        "script": str(main_script()),
+        "git": git_state(main_script().parent),
         "versions": {"sheer": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "host": platform.node(),
     }
 
 
-def command() -> list[str]:
+def start_command() -> list[str]:
     """Return the command that repeats this start, with what `sheer run --set` sets."""
     changes = [word for name, value in overrides().items() for word in ("--set", f"{name}={value}")]
     return [sys.executable, *(["-m", "sheer", "run", *changes] if changes else []), *sys.argv]

@@ -18,7 +18,7 @@ from sheer.run import Run, tensors_of
 from sheer.settings import Settings
 
 
-def save(cfg: Settings, run: Run) -> Path:
+def save_checkpoint(cfg: Settings, run: Run) -> Path:
     """Write a checkpoint of the run as it is at the end of a step, and prune those that it makes superfluous."""
     if cfg.nonfinite == "raise":
         run.watch.check()

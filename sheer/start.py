@@ -64,7 +64,7 @@ def training_data(cfg: Settings, loader: Any, *, resume_by_skipping: bool = Fals
     )
 
 
-def total_steps(cfg: Settings, data: TrainingData | None) -> int | None:
+def count_steps(cfg: Settings, data: TrainingData | None) -> int | None:
     """Return the number of steps of the whole run, or None where only time, or the end of the data, tells."""
     by_epochs = None
     if cfg.max_epochs is not None and data is not None and data.steps_per_epoch is not None:
@@ -96,7 +96,7 @@ def start_run(
     compute = make_compute(cfg.precision, resolve_device(cfg.device))
     set_backends(cfg)
     place_model(model, compute)
-    steps = total_steps(cfg, data)
+    steps = count_steps(cfg, data)
     built = {name: build_optimizer(model, optimizer) for name, optimizer in optimizers.items()}
     parameters = check_parameters(model, built)
     scheduled = {name: build_scheduler(s, built[name], steps) for name, s in schedulers.items() if s is not None}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +11,12 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from sheer.data.batch import StepBatch, describe, micro_batches
+from sheer.data.batch import StepBatch, micro_batches
 from sheer.errors import NonFiniteError, SheerWarning, StepError
+from sheer.loss import Step, loss_in, no_loss
 from sheer.metrics import Mean, Number
 from sheer.run import Run
 from sheer.settings import Settings
-
-Step = Callable[..., Any]
 
 MAX_SKIPPED = 100  # steps in a row that `nonfinite="skip"` may leave out
 _TINY = 1e-12  # stands for a count of 0, so that a batch in which nothing counts gives a gradient of 0
@@ -132,17 +130,6 @@ def check_first_gradients(run: Run, optimizer: Optimizer) -> None:
         )
 
 
-def loss_in(step: Step, output: object) -> Any:
-    """Return the loss in what a step returned.
-
-    Raises:
-        StepError: it is no mapping, or has no "loss".
-    """
-    if isinstance(output, Mapping) and "loss" in output:
-        return output["loss"]
-    raise StepError(no_loss(step, output))
-
-
 def nonzero(count: Number) -> Number:
     """Return a count to divide by; a count of 0 comes with a total of 0, and the mean is to be 0."""
     return count.clamp(min=_TINY) if isinstance(count, Tensor) else max(count, _TINY)
@@ -173,31 +160,3 @@ def count_skipped(run: Run) -> None:
             f"The gradients were NaN or infinite in {MAX_SKIPPED} steps in a row, up to step {progress.step}, and every update was left out. "
             "Lower the learning rate, look at the batches of these steps, or find the operation with detect_anomaly=True."
         )
-
-
-def no_loss(step: Step, output: object) -> str:
-    """Say why what a step returned cannot be trained on."""
-    name = getattr(step, "__qualname__", "the step")
-    loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
-    wanted = 'Return the loss as a scalar tensor, or a mapping with it under "loss".'
-    if output is None:
-        return f"{name} returned None; is there a `return` missing? {wanted}"
-    if isinstance(output, Mapping) and "loss" not in output:
-        return f'{name} returned a mapping without "loss"; it has {list(output)}. {wanted}'
-    if isinstance(loss, Mean):
-        return f"{name} returned a Mean whose total is not a scalar tensor that needs gradients: {describe(loss.total)}. {wanted}"
-    if isinstance(loss, (tuple, list)):
-        return (
-            f"{name} returned a {type(loss).__name__} of {len(loss)}. Which of them is the loss cannot be known. {wanted} "
-            "A total with its count is written sheer.Mean(total, count)."
-        )
-    if not isinstance(loss, Tensor) and isinstance(getattr(loss, "loss", None), Tensor):
-        return f"{name} returned a {type(loss).__name__}. Return its loss: output.loss. {wanted}"
-    if not isinstance(loss, Tensor):
-        return f"{name} returned a {type(loss).__name__} as its loss. {wanted} A number on the host has no gradient: do not call .item()."
-    if loss.numel() != 1:
-        return f"{name} returned a loss of shape {list(loss.shape)}. {wanted} Reduce it with .mean(), or to sheer.mean(values, mask)."
-    return (
-        f"{name} returned a loss without a gradient. It was detached, computed under no_grad, or no parameter that it depends on has "
-        "requires_grad. Return the loss as the model's own operations gave it."
-    )

@@ -18,6 +18,7 @@ from sheer.evaluate_alone import Reporter, evaluate_alone, predict_alone
 from sheer.launch import overrides
 from sheer.loggers.base import Logger
 from sheer.loop import fit
+from sheer.loss import Step
 from sheer.own_loop import Loop, start_loop
 from sheer.plugins import Plugins
 from sheer.run import Result, result
@@ -35,7 +36,6 @@ from sheer.settings import (
     seconds,
     unknown_name,
 )
-from sheer.step import Step
 
 
 class Trainer:

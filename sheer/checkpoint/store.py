@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import shutil
 import warnings
@@ -154,7 +155,7 @@ def committed(directory: Path) -> list[Saved]:
                 continue
             metrics = {name: value for name, value in values if isinstance(value, (int, float))}
             found.append(Saved(path, step, metrics, manifest))
-    return sorted(found, key=lambda saved: saved.step)
+    return sorted(found, key=operator.attrgetter("step"))
 
 
 def verify(path: Path) -> Mapping[str, Any]:
@@ -201,9 +202,11 @@ def read_text(path: Path, name: str) -> Any:
 
 def ranked(saves: Sequence[Saved], monitor: str | None, mode: str) -> list[Saved]:
     """Return the checkpoints that have the monitored metric, the best first; of equals the older."""
-    known = [saved for saved in saves if monitor is not None and monitor in saved.metrics]
+    if monitor is None:
+        return []
     sign = 1.0 if mode == "min" else -1.0
-    return sorted(known, key=lambda saved: (sign * saved.metrics[monitor or ""], saved.step))
+    known = [(sign * saved.metrics[monitor], saved.step, saved) for saved in saves if monitor in saved.metrics]
+    return [saved for _, _, saved in sorted(known, key=operator.itemgetter(0, 1))]
 
 
 def prune(directory: Path, step: int, *, keep_last: int, keep_best: int, monitor: str | None, mode: str) -> None:
