@@ -28,7 +28,8 @@ class Watch:
             self._fold()
 
     def _fold(self) -> None:
-        self._folded.append(torch.stack([torch.isfinite(value) for value in self._values]))
+        scalars = [value if value.dim() == 0 else value.reshape(()) for value in self._values]
+        self._folded.append(torch.isfinite(torch.stack(scalars)))
         self._values.clear()
 
     def check(self) -> None:
