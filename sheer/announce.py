@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sheer.console import clock
+from sheer.due import DURATIONS
 from sheer.run import Run
 from sheer.settings import Settings
 from sheer.version import __version__
@@ -24,7 +25,8 @@ def announce(cfg: Settings, run: Run) -> None:
     if run.resumed_from is not None:
         say(f"resumed from {run.resumed_from}, at step {run.progress.step:,}")
     if run.progress.stopped_by is not None:
-        say(f"the run is over ({run.progress.stopped_by}), so nothing is trained; to go on, give it a longer duration")
+        more = "; to go on, give it a longer duration" if run.progress.stopped_by in DURATIONS else ""
+        say(f"the run is over ({run.progress.stopped_by}), so nothing is trained{more}")
 
 
 def announce_data(cfg: Settings, run: Run) -> None:

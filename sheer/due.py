@@ -6,6 +6,8 @@ from sheer.run import Run
 from sheer.saving import is_among_best
 from sheer.settings import Settings
 
+DURATIONS = ("max_steps", "max_epochs", "max_time")
+
 
 def duration_over(cfg: Settings, run: Run) -> str | None:
     """Return which of the run's durations is over, or None."""

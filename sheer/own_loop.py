@@ -51,6 +51,12 @@ def start_loop(
     for name in schedulers:
         if name not in optimizers:
             raise unknown_name(name, optimizers, "optimizers, which schedulers refers to,")
+    if cfg.validate_every_n_steps is not None or cfg.validate_first:
+        warnings.warn(
+            "validate_every_n_steps and validate_first do nothing in a loop of your own: call run.evaluate(step, loader) where you want it.",
+            SheerWarning,
+            stacklevel=3,
+        )
     run, restored = start_run(cfg, plugins, model, optimizers, schedulers, None)
     return Loop(cfg, run, restored)
 
@@ -122,6 +128,8 @@ class Loop:
         self._session = Session(run)
         self._session.__enter__()
         self._finished = False
+        self._stepped_once: set[Optimizer] = set()
+        self._hooks = [optimizer.register_step_post_hook(self._stepped) for optimizer in run.optimizers.values()]
         self._error = getattr(sys, "last_value", None)
         atexit.register(self._left_unfinished)
 
@@ -139,7 +147,15 @@ class Loop:
     def _close(self, error: BaseException | None) -> None:
         atexit.unregister(self._left_unfinished)
         self._finished = True
+        self._signals.__exit__(None, None, None)  # of steps that were left, and whose iterator is still held
+        for hook in self._hooks:
+            hook.remove()
         self._session.__exit__(type(error) if error is not None else None, error, None)
+
+    def _stepped(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Note the first step of an optimizer, made by `apply` or by hand."""
+        self._stepped_once.add(optimizer)
+        self._hooks[list(self._run.optimizers.values()).index(optimizer)].remove()
 
     def _left_unfinished(self) -> None:
         """End a run whose script ended without `finish`; after an error only close it."""
@@ -272,9 +288,9 @@ class Loop:
         """Warn of what was given and never used: an optimizer, or a metric to monitor."""
         run = self._run
         said = [
-            f"The optimizer {name!r} was never used: no run.update or run.apply had it. Its parameters are as they were."
+            f"The optimizer {name!r} was never used: it never made a step. Its parameters are as they were."
             for name, optimizer in run.optimizers.items()
-            if optimizer in run.unused and not optimizer.state
+            if optimizer not in self._stepped_once and not optimizer.state and not run.progress.skipped
         ]
         if self._cfg.monitor is not None and run.progress.validated_at < 0:
             said.append(

@@ -13,7 +13,7 @@ from sheer.checkpoint import store
 from sheer.checkpoint.codec import decode
 from sheer.checkpoint.optimizer import NamedOptimizer
 from sheer.data.feed import TrainingData
-from sheer.due import duration_over
+from sheer.due import DURATIONS, duration_over
 from sheer.errors import RunError, SheerWarning
 from sheer.random import set_random_state
 from sheer.run import Run
@@ -21,8 +21,6 @@ from sheer.rundir import refuse_differences
 from sheer.settings import Settings
 from sheer.signals import is_signal
 from sheer.weights import checkpoint_in, load_model
-
-DURATIONS = ("max_steps", "max_epochs", "max_time")
 
 
 def resume(cfg: Settings, run: Run) -> dict[str, Any] | None:

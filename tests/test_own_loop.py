@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 from pathlib import Path
@@ -364,46 +365,84 @@ def test_an_evaluation_that_stops_the_loop_and_averages_resume_exactly() -> None
         assert again_reason == reason
 
 
-def test_the_end_of_the_steps_saves_at_once_and_finish_not_again() -> None:
+def test_signals_are_caught_between_the_first_step_and_the_last_only() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+
+    for stop in (None, 1):
+        net = model()
+        optimizer = AdamW(net.parameters(), lr=1e-2)
+        run = trainer(max_steps=2).start(net, optimizers={"a": optimizer})
+        assert handlers() == before
+        for batch in run.steps(loader()):
+            assert not set(handlers()) & set(before)
+            run.update(optimizer, step, batch)
+            if run.step == stop:
+                break
+        assert handlers() == before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        run.finish()
+    held = (run := trainer(max_steps=2).start(net, optimizers={"a": optimizer})).steps(loader())
+    run.update(optimizer, step, next(held))
+    run.finish()
+    assert handlers() == before
+
+
+class Saves:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_save(self, step: int, path: Path) -> None:
+        self.steps.append(step)
+
+
+def test_the_last_step_is_saved_at_once_and_again_only_where_something_came_after_it() -> None:
+    for after, saved in (("nothing", [3]), ("evaluate", [3, 3]), ("log", [3, 3])):
+        net, saves = model(), Saves()
+        optimizer = AdamW(net.parameters(), lr=1e-2)
+        made = trainer(max_steps=3, checkpoint=True, run_dir=after, callbacks=[saves])
+        run = made.start(net, optimizers={"a": optimizer})
+        for batch in run.steps(loader()):
+            run.update(optimizer, step, batch)
+        assert saves.steps == [3]
+        if after == "evaluate":
+            run.evaluate(step, loader(50))
+        if after == "log":
+            run.log({"seen": 1.0})
+        run.finish()
+        assert saves.steps == saved
+
+
+def test_the_data_line_is_printed_when_the_loader_is_opened(capsys: pytest.CaptureFixture[str]) -> None:
     net = model()
-    optimizer = AdamW(net.parameters())
-    saves: list[int] = []
-    made = trainer(
-        run_dir="run", checkpoint=True, max_steps=3, callbacks=[sheer.On(save=lambda step, path: saves.append(step))]
-    )
-    run = made.start(net, optimizers={"adam": optimizer})
+    run = trainer(max_epochs=2).start(net, optimizers={"a": AdamW(net.parameters())})
+    assert "data:" not in capsys.readouterr().out
     for batch in run.steps(loader()):
-        run.update(optimizer, step, batch)
-    assert saves == [3]
+        run.update(run.optimizers["a"], step, batch)
     run.finish()
-    assert saves == [3]
+    assert "data: 100 samples shuffled by seed 2; 14 steps, 7 an epoch" in capsys.readouterr().out
 
 
-def test_what_is_measured_after_the_steps_is_saved_by_finish() -> None:
+def test_an_optimizer_may_be_stepped_by_hand_and_a_step_function_be_looked_at_once() -> None:
+    class Counted:
+        looks = 0
+
+        @property
+        def __signature__(self) -> inspect.Signature:
+            Counted.looks += 1
+            return inspect.signature(loss_step)
+
+        def __call__(self, net: nn.Module, batch: Any) -> Tensor:
+            return loss_step(net, batch)
+
     net = model()
-    optimizer = AdamW(net.parameters())
-    run = trainer(run_dir="run", checkpoint=True, max_steps=3).start(net, optimizers={"adam": optimizer})
-    for batch in run.steps(loader()):
-        run.update(optimizer, step, batch)
-    metrics = run.evaluate(step, loader(shuffle=False))
-    run.finish()
-    assert json.loads(Path("run/checkpoints/last/manifest.json").read_text())["metrics"] == metrics
-
-
-def test_signals_are_the_scripts_own_before_and_after_the_steps() -> None:
-    net = model()
-    optimizer = AdamW(net.parameters())
-    own = signal.getsignal(signal.SIGINT)
-    run = trainer(run_dir="run", max_steps=3).start(net, optimizers={"adam": optimizer})
-    assert signal.getsignal(signal.SIGINT) is own
-    for batch in run.steps(loader()):
-        assert signal.getsignal(signal.SIGINT) is not own
-        run.update(optimizer, step, batch)
-    assert signal.getsignal(signal.SIGINT) is own
-    run.finish()
-    run = trainer(run_dir="broken-off", max_steps=3).start(net, optimizers={"adam": optimizer})
-    for batch in run.steps(loader()):
-        run.update(optimizer, step, batch)
-        break
-    assert signal.getsignal(signal.SIGINT) is own
-    run.finish()
+    optimizer, counted = SGD(net.parameters(), lr=0.1), Counted()
+    with trainer(max_steps=3).start(net, optimizers={"a": optimizer}) as run:
+        for batch in run.steps(loader()):
+            run.backward(counted, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert Counted.looks == 1

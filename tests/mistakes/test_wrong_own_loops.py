@@ -205,3 +205,20 @@ def test_a_script_that_ends_without_finish(leave: str, status: int, saved: list[
     assert [int(path.name[5:]) for path in sorted(Path("run/checkpoints").glob("step-*"))] == saved
     if status == 0:
         assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 1, "what was not logged yet is"
+
+
+def test_a_validation_by_steps_in_a_loop_of_ones_own() -> None:
+    net = model()
+    with pytest.warns(
+        sheer.SheerWarning, match="validate_every_n_steps and validate_first do nothing in a loop of your own"
+    ):
+        started(net, {"sgd": sgd(net)}, validate_every_n_steps=2).finish()
+
+
+def test_two_runs_of_one_process_in_one_folder() -> None:
+    net = model()
+    made = sheer.Trainer(max_steps=3, run_dir="run", resume="auto")
+    run = made.start(net, optimizers={"sgd": sgd(net)})
+    with pytest.raises(RunError, match=r"or a run of this one that was not finished \(run.finish\(\)\)"):
+        made.start(net, optimizers={"sgd": sgd(net)})
+    run.finish()
