@@ -1,0 +1,69 @@
+"""What is known of a script's call: written down by `capture`, read by the ejector."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Span(NamedTuple):
+    """Where an expression stands in a file, as `ast` counts: lines from 1, columns in bytes from 0."""
+
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A callback or logger that was passed."""
+
+    name: str  # of its class
+    module: str
+    events: tuple[str, ...] = ()  # the events that it has
+    has_state: bool = False
+    averages: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A call that trains, as it was reached."""
+
+    file: str  # the file that the call stands in
+    call: Span  # the call of fit or start
+    trainer_file: str
+    trainer: Span  # the call that made the trainer
+    kind: str  # "fit" or "start"
+    settings: dict[str, Any]
+    callbacks: tuple[Plugin, ...] = ()
+    loggers: tuple[Plugin, ...] = ()
+    none: tuple[str, ...] = ()  # arguments of the call that are None
+    functions: tuple[str, ...] = ()  # of optimizer and scheduler those that are functions, not objects
+    plateau: bool = False  # whether the scheduler follows the monitored metric
+    numbered: tuple[str, ...] = ()  # of step and eval_step those that take the step's number
+    has_hparams: bool = False
+    loader: str = ""  # the class that reads the training loader
+    workers: int = 0  # of the training loader
+    val_names: tuple[str, ...] | None = None  # of a dict of validation loaders
+    classes: tuple[str, ...] = field(default=())  # of the library's values that the script's modules speak of
+
+    def to_json(self) -> str:
+        """Write the facts down."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Facts:
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        for name in ("call", "trainer"):
+            values[name] = Span(*values[name])
+        for name in ("callbacks", "loggers"):
+            values[name] = tuple(Plugin(**{**p, "events": tuple(p["events"])}) for p in values[name])
+        for name in ("none", "functions", "numbered", "classes"):
+            values[name] = tuple(values[name])
+        if values["val_names"] is not None:
+            values["val_names"] = tuple(values["val_names"])
+        return cls(**values)

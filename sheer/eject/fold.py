@@ -1,0 +1,440 @@
+"""Folding: expressions whose value is known become it, and branches that are never taken go."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import operator
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sheer.eject.source import Notes, notes_of, with_notes
+
+Display = ast.Tuple | ast.List | ast.Dict | ast.Set
+
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+}
+
+
+_READS = (
+    ast.Name, ast.Attribute, ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.BinOp,
+    ast.IfExp, ast.JoinedStr, ast.FormattedValue, ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known where a statement stands.
+
+    Attributes:
+        values: names and dotted names with the constants or displays that they stand for.
+        present: names and dotted names that are not None.
+        absent: classes of which there is no object, so that `isinstance` says no.
+        constants: the values of names that stay, as those of settings do.
+    """
+
+    values: Mapping[str, ast.expr] = field(default_factory=dict)
+    present: Set[str] = frozenset()
+    absent: Set[str] = frozenset()
+    constants: Mapping[str, int | float | str] = field(default_factory=dict)
+
+    def value_of(self, node: ast.expr) -> ast.expr:
+        """Return the constant that a name stands for, or the node itself."""
+        if isinstance(node, ast.Name) and node.id in self.constants:
+            return ast.Constant(self.constants[node.id])
+        return node
+
+
+def fold(body: list[ast.stmt], known: Known) -> list[ast.stmt]:
+    """Return statements with what is known put in, and what is never reached left out."""
+    out: list[ast.stmt] = []
+    for statement in body:
+        new = _Folder(known).visit(statement)
+        out += new if isinstance(new, list) else [new]
+        if out and isinstance(out[-1], (ast.Return, ast.Raise, ast.Break, ast.Continue)):
+            break
+    return out
+
+
+def fold_expression(expression: ast.expr, known: Known) -> ast.expr:
+    """Return an expression with what is known put in."""
+    folded: ast.expr = _Folder(known).visit(copy.deepcopy(expression))
+    return folded
+
+
+def is_constant(node: ast.AST | None, *values: object) -> bool:
+    """Whether a node is a constant; with values, whether it is one of them."""
+    if not isinstance(node, ast.Constant):
+        return False
+    return not values or any(
+        node.value is value or (type(node.value) is type(value) and node.value == value) for value in values
+    )
+
+
+def truth(node: ast.expr) -> bool | None:
+    """Return whether an expression is true, where that can be seen."""
+    if isinstance(node, ast.Constant):
+        return bool(node.value)
+    if isinstance(node, (ast.Tuple, ast.List, ast.Set)) and not any(
+        isinstance(item, ast.Starred) for item in node.elts
+    ):
+        return bool(node.elts) if all(is_pure(item) for item in node.elts) else None
+    if isinstance(node, ast.Dict) and is_pure(node) and None not in node.keys:
+        return bool(node.keys)
+    return None
+
+
+def is_pure(node: ast.AST) -> bool:
+    """Whether an expression can be left out, or evaluated twice, without a difference: it only reads."""
+    return all(isinstance(part, _READS) for part in ast.walk(node))
+
+
+def dotted(node: ast.AST) -> str | None:
+    """Return `a.b.c` for such an expression."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        inner = dotted(node.value)
+        return f"{inner}.{node.attr}" if inner is not None else None
+    return None
+
+
+class _Folder(ast.NodeTransformer):
+    def __init__(self, known: Known) -> None:
+        self.known = known
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        """Fold statement lists as `fold` does, and expressions part by part."""
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+                setattr(node, name, fold(value, self.known))
+            elif isinstance(value, list):
+                setattr(node, name, [self.visit(item) if isinstance(item, ast.AST) else item for item in value])
+            elif isinstance(value, ast.AST):
+                setattr(node, name, self.visit(value))
+        return node
+
+    # Expressions
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self._looked_up(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        found = self._looked_up(node)
+        if found is node:
+            self.generic_visit(node)
+        return found
+
+    def _looked_up(self, node: ast.Name | ast.Attribute) -> ast.expr:
+        value = self.known.values.get(dotted(node) or "") if isinstance(node.ctx, ast.Load) else None
+        return copy.deepcopy(value) if value is not None else node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        self.generic_visit(node)
+        if len(node.ops) != 1:
+            return node
+        left, op, right = self.known.value_of(node.left), node.ops[0], self.known.value_of(node.comparators[0])
+        if isinstance(op, (ast.Is, ast.IsNot)) and is_constant(right, None) and self._is_present(left):
+            return ast.Constant(isinstance(op, ast.IsNot))
+        if isinstance(left, ast.Constant) and isinstance(right, ast.Constant) and type(op) in _COMPARE:
+            return ast.Constant(_COMPARE[type(op)](left.value, right.value))
+        if (
+            isinstance(op, (ast.In, ast.NotIn))
+            and isinstance(left, ast.Constant)
+            and isinstance(right, (ast.Tuple, ast.List))
+        ):
+            choices = [item.value for item in right.elts if isinstance(item, ast.Constant)]
+            if len(choices) == len(right.elts):
+                return ast.Constant(is_constant(left, *choices) == isinstance(op, ast.In))
+        return node
+
+    def _is_present(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Constant):
+            return node.value is not None
+        if isinstance(node, (ast.Tuple, ast.List, ast.Dict, ast.Set, ast.JoinedStr, ast.Lambda)):
+            return is_pure(node)
+        return dotted(node) in self.known.present
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
+        self.generic_visit(node)
+        decides = isinstance(node.op, ast.Or)
+        values: list[ast.expr] = []
+        for index, value in enumerate(node.values):
+            known = truth(value)
+            if known is decides:
+                values.append(value)
+                break
+            if known is None or index == len(node.values) - 1:
+                values.append(value)
+        if decides is False and len(values) > 1 and truth(values[-1]) is False and all(map(is_pure, values)):
+            return values[-1] if is_constant(values[-1], False) else node
+        return values[0] if len(values) == 1 else ast.BoolOp(node.op, values)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        self.generic_visit(node)
+        known = truth(node.operand)
+        return ast.Constant(not known) if isinstance(node.op, ast.Not) and known is not None else node
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        node.test = condition(self.visit(node.test))
+        known = truth(node.test)
+        if known is not None:
+            branch: ast.expr = self.visit(node.body if known else node.orelse)
+            return branch
+        node.body, node.orelse = self.visit(node.body), self.visit(node.orelse)
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        self.generic_visit(node)
+        if isinstance(node.ctx, ast.Load) and isinstance(node.slice, ast.Constant) and is_pure(node.value):
+            found = item_of(node.value, node.slice.value)
+            return found if found is not None else node
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        name, called = dotted(node.func), node.func
+        if name == "isinstance" and len(node.args) == 2:
+            return self._instance(node)
+        if name == "len" and isinstance(node.args[0], (ast.Tuple, ast.List)) and truth(node.args[0]) is not None:
+            return ast.Constant(len(node.args[0].elts))
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Dict) and is_pure(called.value):
+            return self._dict_method(node, called.attr, called.value)
+        return node
+
+    def _instance(self, node: ast.Call) -> ast.expr:
+        classes = node.args[1].elts if isinstance(node.args[1], ast.Tuple) else [node.args[1]]
+        left = [kind for kind in classes if dotted(kind) not in self.known.absent]
+        if not left and is_pure(node.args[0]):
+            return ast.Constant(False)
+        if left and len(left) < len(classes):
+            node.args[1] = left[0] if len(left) == 1 else ast.Tuple(left, ast.Load())
+        return node
+
+    def _dict_method(self, node: ast.Call, method: str, display: ast.Dict) -> ast.expr:
+        if None in display.keys:
+            return node
+        keys = [key for key in display.keys if key is not None]
+        if method == "get" and isinstance(node.args[0], ast.Constant):
+            return item_of(display, node.args[0].value) or (node.args[1] if len(node.args) > 1 else ast.Constant(None))
+        if method == "values":
+            return ast.Tuple(display.values, ast.Load())
+        if method == "items":
+            return ast.Tuple(
+                [ast.Tuple([key, value], ast.Load()) for key, value in zip(keys, display.values, strict=True)],
+                ast.Load(),
+            )
+        return node
+
+    def visit_DictComp(self, node: ast.DictComp) -> ast.expr:
+        rows = self._rows(node)
+        if rows is None:
+            return node
+        return ast.Dict(
+            [fold_expression(node.key, row) for row in rows], [fold_expression(node.value, row) for row in rows]
+        )
+
+    def visit_ListComp(self, node: ast.ListComp) -> ast.expr:
+        rows = self._rows(node)
+        return node if rows is None else ast.List([fold_expression(node.elt, row) for row in rows], ast.Load())
+
+    def _rows(self, node: ast.DictComp | ast.ListComp) -> list[Known] | None:
+        """Fold a comprehension's parts; return what is known in each of its turns, where all of them are."""
+        generator = node.generators[0]
+        generator.iter = self.visit(generator.iter)
+        items = elements(generator.iter)
+        if items is None or len(node.generators) > 1 or generator.is_async:
+            self.generic_visit(node)
+            return None
+        rows = []
+        for item in items:
+            bound = bindings(generator.target, item)
+            if bound is None:
+                self.generic_visit(node)
+                return None
+            row = replace(self.known, values={**self.known.values, **bound})
+            tests = [truth(condition(fold_expression(test, row))) for test in generator.ifs]
+            if None in tests:
+                self.generic_visit(node)
+                return None
+            if all(tests):
+                rows.append(row)
+        return rows
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
+        self.generic_visit(node)
+        parts: list[ast.expr] = []
+        for part in node.values:
+            if (
+                isinstance(part, ast.FormattedValue)
+                and is_constant(part.value)
+                and part.conversion == -1
+                and part.format_spec is None
+            ):
+                assert isinstance(part.value, ast.Constant)
+                part = ast.Constant(str(part.value.value))
+            before = parts[-1] if parts else None
+            if isinstance(part, ast.Constant) and isinstance(before, ast.Constant):
+                parts.pop()
+                part = ast.Constant(f"{before.value!s}{part.value!s}")
+            parts.append(part)
+        if all(isinstance(part, ast.Constant) for part in parts) and len(parts) <= 1:
+            return parts[0] if parts else ast.Constant("")
+        return ast.JoinedStr(parts)
+
+    # Statements
+
+    def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
+        node.test = condition(self.visit(node.test))
+        known = truth(node.test)
+        if known is None:
+            node.body, node.orelse = fold(node.body, self.known), fold(node.orelse, self.known)
+            if node.body:
+                return node
+            if not node.orelse:
+                return [] if is_pure(node.test) else ast.Expr(node.test)
+            node.test, node.body, node.orelse = negated(node.test), node.orelse, []
+            return node
+        return _in_place_of(node, fold(node.body if known else node.orelse, self.known))
+
+    def visit_For(self, node: ast.For) -> ast.stmt | list[ast.stmt]:
+        node.iter = self.visit(node.iter)
+        items = elements(node.iter)
+        if items is not None and not node.orelse and not _leaves(node.body):
+            turns = [bindings(node.target, item) for item in items]
+            if all(turn is not None for turn in turns):
+                out: list[ast.stmt] = []
+                for turn in turns:
+                    row = replace(self.known, values={**self.known.values, **(turn or {})})
+                    out += fold([copy.deepcopy(statement) for statement in node.body], row)
+                return _in_place_of(node, out)
+        node.body, node.orelse = fold(node.body, self.known), fold(node.orelse, self.known)
+        return node
+
+    def visit_With(self, node: ast.With) -> ast.stmt | list[ast.stmt]:
+        node.items = [self.visit(item) for item in node.items]
+        node.items = [item for item in node.items if not _does_nothing(item)]
+        node.body = fold(node.body, self.known)
+        return node if node.items else _in_place_of(node, node.body)
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt | list[ast.stmt]:
+        self.generic_visit(node)
+        return [] if is_pure(node.value) and not isinstance(node.value, ast.Constant) else node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.stmt:
+        node.body = fold(node.body, self.known) or [ast.Pass()]
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.stmt:
+        node.body = fold(node.body, self.known) or [ast.Pass()]
+        return node
+
+
+def item_of(display: ast.expr, key: object) -> ast.expr | None:
+    """Return what a display holds under a key or index."""
+    if isinstance(display, ast.Dict):
+        for own, value in zip(display.keys, display.values, strict=True):
+            if is_constant(own, key):
+                return value
+    if (
+        isinstance(display, (ast.Tuple, ast.List))
+        and isinstance(key, int)
+        and -len(display.elts) <= key < len(display.elts)
+    ):
+        return display.elts[key]
+    return None
+
+
+def elements(node: ast.expr) -> list[ast.expr] | None:
+    """Return what iterating over an expression gives, where that can be seen."""
+    if isinstance(node, (ast.Tuple, ast.List)) and not any(isinstance(item, ast.Starred) for item in node.elts):
+        return node.elts
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return [key for key in node.keys if key is not None]
+    return None
+
+
+def bindings(target: ast.expr, value: ast.expr) -> dict[str, ast.expr] | None:
+    """Return which names a loop's target binds to what, where all of that may stand in the names' place."""
+    if isinstance(target, ast.Name):
+        return {target.id: value} if is_pure(value) else None
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+        out: dict[str, ast.expr] = {}
+        for name, item in zip(target.elts, value.elts, strict=True):
+            inner = bindings(name, item)
+            if inner is None:
+                return None
+            out.update(inner)
+        return out
+    return None
+
+
+def condition(node: ast.expr) -> ast.expr:
+    """Simplify an expression of which only the truth counts."""
+    if isinstance(node, ast.BoolOp):
+        neutral = isinstance(node.op, ast.And)
+        values = [condition(value) for value in node.values]
+        values = [value for value in values if truth(value) is not neutral]
+        if not values:
+            return ast.Constant(neutral)
+        return values[0] if len(values) == 1 else ast.BoolOp(node.op, values)
+    return node
+
+
+def negated(node: ast.expr) -> ast.expr:
+    """Return an expression that is true where another is not."""
+    opposite: dict[type[ast.cmpop], type[ast.cmpop]] = {
+        ast.Is: ast.IsNot,
+        ast.IsNot: ast.Is,
+        ast.Eq: ast.NotEq,
+        ast.NotEq: ast.Eq,
+        ast.In: ast.NotIn,
+        ast.NotIn: ast.In,
+    }
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return node.operand
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in opposite:
+        return ast.Compare(node.left, [opposite[type(node.ops[0])]()], node.comparators)
+    return ast.UnaryOp(ast.Not(), node)
+
+
+def _does_nothing(item: ast.withitem) -> bool:
+    called = item.context_expr
+    return (
+        isinstance(called, ast.Call)
+        and dotted(called.func) == "nullcontext"
+        and not called.args
+        and item.optional_vars is None
+    )
+
+
+def _leaves(body: list[ast.stmt]) -> bool:
+    """Whether a loop's body has a `break` or `continue` of its own."""
+    for statement in body:
+        if isinstance(statement, (ast.Break, ast.Continue)):
+            return True
+        if isinstance(statement, (ast.For, ast.While, ast.FunctionDef, ast.ClassDef)):
+            continue
+        for name in ("body", "orelse", "finalbody"):
+            if _leaves(getattr(statement, name, [])):
+                return True
+        if any(_leaves(handler.body) for handler in getattr(statement, "handlers", [])):
+            return True
+    return False
+
+
+def _in_place_of(gone: ast.stmt, body: list[ast.stmt]) -> list[ast.stmt]:
+    """Return the statements that stand for one that is gone, the first behind the same empty line."""
+    if body:
+        own, notes = notes_of(body[0]), notes_of(gone)
+        body[0] = with_notes(body[0], Notes(own.above, own.behind, own.spaced or notes.spaced))
+    return body

@@ -1,0 +1,196 @@
+"""Functions that are called once, or are one expression, written where they are called."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Mapping
+
+from sheer.eject.fold import is_pure
+from sheer.eject.program import Program, arguments_of
+from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, substituted, walk
+from sheer.eject.source import Notes, notes_of, with_notes
+
+
+def inline_expressions(program: Program) -> bool:
+    """Write functions that are one expression where they are called. Returns whether any was."""
+    changed = False
+    for name, node in list(program.nodes.items()):
+        if not isinstance(node, ast.FunctionDef) or name in program.roots or node.decorator_list:
+            continue
+        body = without_docstring(node.body)
+        calls = program.calls(name)
+        if len(body) != 1 or not isinstance(body[0], ast.Return) or body[0].value is None or not calls:
+            continue
+        if not (len(calls) == 1 or _is_small(body[0].value)):
+            continue
+        for function in program.functions():
+            if function is not node:
+                swap = _ExpressionCall(node, body[0].value)
+                function.body = [swap.visit(statement) for statement in function.body]
+                changed = changed or swap.changed
+    return changed
+
+
+def _is_small(expression: ast.expr) -> bool:
+    return sum(isinstance(part, ast.expr) for part in ast.walk(expression)) <= 12
+
+
+class _ExpressionCall(ast.NodeTransformer):
+    def __init__(self, function: ast.FunctionDef, value: ast.expr) -> None:
+        self.function, self.value, self.changed = function, value, False
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        if not (isinstance(node.func, ast.Name) and node.func.id == self.function.name):
+            return node
+        given = arguments_of(node, self.function)
+        if given is None:
+            return node
+        values: dict[str, ast.expr] = {}
+        uses = [part.id for part in ast.walk(self.value) if isinstance(part, ast.Name)]
+        for parameter in parameters(self.function):
+            value = given.get(parameter.arg, default_of(self.function, parameter.arg))
+            if value is None or not (is_pure(value) or (uses.count(parameter.arg) == 1 and len(given) == 1)):
+                return node
+            values[parameter.arg] = value
+        inner = {
+            part.id for part in ast.walk(self.value) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+        }
+        if inner & {part.id for value in values.values() for part in ast.walk(value) if isinstance(part, ast.Name)}:
+            return node  # a comprehension would capture it
+        self.changed = True
+        statement = substituted([ast.Expr(self.value)], values)[0]
+        assert isinstance(statement, ast.Expr)
+        return statement.value
+
+
+def inline_procedures(program: Program, most: int) -> bool:
+    """Write functions of at most `most` statements that are called once, as a statement, where they are called."""
+    for name, node in list(program.nodes.items()):
+        if not isinstance(node, ast.FunctionDef) or name in program.roots or node.decorator_list or _is_generator(node):
+            continue
+        calls = program.calls(name)
+        if calls is None or len(calls) != 1 or size(node.body) > most:
+            continue
+        for function in program.functions():
+            if function is not node and _Site(function, node, calls[0]).inline():
+                del program.nodes[name]
+                return True
+    return False
+
+
+def size(body: list[ast.stmt]) -> int:
+    """Count statements, those inside of others too."""
+    return sum(isinstance(node, ast.stmt) for node in walk(without_docstring(body)))
+
+
+def without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Return a function's statements without its docstring."""
+    first = body[0] if body else None
+    return (
+        body[1:]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+        else body
+    )
+
+
+def _is_generator(function: ast.FunctionDef) -> bool:
+    return any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in walk(function.body))
+
+
+def _returns(body: list[ast.stmt]) -> int:
+    return sum(isinstance(node, ast.Return) for node in walk(body))
+
+
+class _Site:
+    """A call, the function that it is in, and the one that it calls."""
+
+    def __init__(self, caller: ast.FunctionDef, callee: ast.FunctionDef, call: ast.Call) -> None:
+        self.caller, self.callee, self.call = caller, callee, call
+
+    def inline(self) -> bool:
+        """Replace the statement of the call by what is called; False where it stands in the middle of an expression."""
+        return self._inline_in(self.caller.body)
+
+    def _inline_in(self, body: list[ast.stmt]) -> bool:
+        for index, statement in enumerate(body):
+            new = self._replacement(statement)
+            if new is not None:
+                body[index : index + 1] = new
+                return True
+            for name in ("body", "orelse", "finalbody"):
+                if self._inline_in(getattr(statement, name, [])):
+                    return True
+            for part in [*getattr(statement, "handlers", []), *getattr(statement, "cases", [])]:
+                if self._inline_in(part.body):
+                    return True
+        return False
+
+    def _replacement(self, statement: ast.stmt) -> list[ast.stmt] | None:
+        """Return what stands for a statement, if the call is all of it, or what it evaluates first."""
+        body = without_docstring(self.callee.body)
+        at_end = bool(body) and isinstance(body[-1], ast.Return)
+        if isinstance(statement, ast.Return) and statement.value is self.call:
+            return self._written_out(statement, body)
+        if _returns(body) > at_end:
+            return None
+        if isinstance(statement, ast.Expr) and statement.value is self.call:
+            return self._written_out(statement, body[:-1] if at_end else body)
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is self.call and at_end:
+            return self._with_result(statement, body)
+        if isinstance(statement, ast.If) and statement.test is self.call and at_end:
+            new = self._written_out(statement, body)
+            last = new.pop()
+            assert isinstance(last, ast.Return) and last.value is not None
+            statement.test = last.value
+            return [*new, with_notes(statement, Notes(notes_of(statement).above, notes_of(statement).behind, False))]
+        return None
+
+    def _with_result(self, statement: ast.Assign | ast.AnnAssign, body: list[ast.stmt]) -> list[ast.stmt]:
+        new = self._written_out(statement, body)
+        last = new.pop()
+        assert isinstance(last, ast.Return)
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        if ast.dump(target).replace("Store", "Load") == ast.dump(last.value or ast.Constant(None)):
+            return new
+        statement.value = last.value or ast.Constant(None)
+        return [*new, with_notes(statement, notes_of(last))]
+
+    def _written_out(self, statement: ast.stmt, body: list[ast.stmt]) -> list[ast.stmt]:
+        given = arguments_of(self.call, self.callee) or {}
+        taken = bound_in(self.caller) | {n.id for n in walk(self.caller.body) if isinstance(n, ast.Name)}
+        assigned = assignments(body)
+        values: dict[str, ast.expr] = {}
+        before: list[ast.stmt] = []
+        for parameter in parameters(self.callee):
+            value = given.get(parameter.arg, default_of(self.callee, parameter.arg))
+            if value is None:
+                raise ValueError(f"{self.callee.name} is called without {parameter.arg}: {ast.unparse(self.call)}")
+            if not assigned[parameter.arg] and isinstance(value, (ast.Name, ast.Constant)):
+                values[parameter.arg] = value
+            else:
+                name = fresh(parameter.arg, taken)
+                taken.add(name)
+                values[parameter.arg] = ast.Name(name, ast.Load())
+                before.append(ast.Assign([ast.Name(name, ast.Store())], value))
+        result = self._result_name(statement, body)
+        for local in bound_in(self.callee) - set(values):
+            name = result[local] if local in result else fresh(local, taken)
+            taken.add(name)
+            values[local] = ast.Name(name, ast.Load())
+        new = [*before, *substituted(body, values)]
+        if new:
+            own, notes = notes_of(new[0]), notes_of(statement)
+            new[0] = with_notes(new[0], Notes((*notes.above, *own.above), own.behind, notes.spaced or own.spaced))
+        return new
+
+    def _result_name(self, statement: ast.stmt, body: list[ast.stmt]) -> Mapping[str, str]:
+        """Return the caller's name for the local that is returned, so that it need not be copied."""
+        if not isinstance(statement, ast.Assign) or not isinstance(body[-1], ast.Return):
+            return {}
+        target, value = statement.targets[0], body[-1].value
+        if not (isinstance(target, ast.Name) and isinstance(value, ast.Name)):
+            return {}
+        in_arguments = {n.id for n in ast.walk(copy.deepcopy(self.call)) if isinstance(n, ast.Name)}
+        return {} if target.id in in_arguments else {value.id: target.id}

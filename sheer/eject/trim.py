@@ -1,0 +1,170 @@
+"""What is never used goes: locals, results, fields, methods."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Set
+
+from sheer.eject.fold import is_pure
+from sheer.eject.program import Program
+from sheer.eject.records import fields_of
+from sheer.eject.scope import reads, walk
+from sheer.eject.source import notes_of, with_notes
+
+
+def trim_locals(program: Program) -> None:
+    """Leave out assignments to names that are never read; what is evaluated for them stays where it may do something."""
+    for function in program.functions():
+        used = reads(function.body)
+        function.body = _Unread({name for name in used if used[name]}).body(function.body) or [ast.Pass()]
+
+
+class _Unread(ast.NodeTransformer):
+    def __init__(self, used: Set[str]) -> None:
+        self.used = used
+
+    def body(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        """Return statements without assignments that nothing reads."""
+        out: list[ast.stmt] = []
+        for statement in statements:
+            new = self.visit(statement)
+            out += new if isinstance(new, list) else [new]
+        return out
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+                setattr(node, name, self.body(value) or ([ast.Pass()] if name == "body" else []))
+            elif isinstance(value, list):
+                for item in value:
+                    if isinstance(item, (ast.ExceptHandler, ast.match_case)):
+                        self.generic_visit(item)
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
+        target = node.targets[0]
+        if len(node.targets) == 1 and isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            return self._pairs(node, target, node.value)
+        if len(node.targets) == 1 and isinstance(target, ast.Name) and target.id not in self.used:
+            return self._effect(node, node.value)
+        if (
+            len(node.targets) == 1
+            and isinstance(target, ast.Name)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == target.id
+        ):
+            return []
+        return node
+
+    def _pairs(self, node: ast.Assign, target: ast.Tuple, value: ast.Tuple) -> ast.stmt | list[ast.stmt]:
+        """Leave out what is unread of `a, b = x, y`; one that is left is written alone."""
+        kept = [
+            (name, item)
+            for name, item in zip(target.elts, value.elts, strict=False)
+            if not (isinstance(name, ast.Name) and name.id not in self.used and is_pure(item))
+        ]
+        if len(kept) == len(target.elts) or len(target.elts) != len(value.elts):
+            return node
+        if not kept:
+            return []
+        if len(kept) == 1:
+            return with_notes(ast.Assign([kept[0][0]], kept[0][1]), notes_of(node))
+        target.elts, value.elts = [name for name, _ in kept], [item for _, item in kept]
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | list[ast.stmt]:
+        if isinstance(node.target, ast.Name) and node.target.id not in self.used and node.value is not None:
+            return self._effect(node, node.value)
+        return node
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt | list[ast.stmt]:
+        if isinstance(node.target, ast.Name) and node.target.id not in self.used and is_pure(node.value):
+            return []
+        return node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt | list[ast.stmt]:
+        return [] if is_pure(node.value) and not isinstance(node.value, ast.Constant) else node
+
+    def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
+        node.body, node.orelse = self.body(node.body), self.body(node.orelse)
+        if not node.body and not node.orelse:
+            return self._effect(node, node.test)
+        node.body = node.body or [ast.Pass()]
+        return node
+
+    def visit_Pass(self, node: ast.Pass) -> list[ast.stmt]:
+        return []
+
+    def _effect(self, node: ast.stmt, value: ast.expr) -> ast.stmt | list[ast.stmt]:
+        return [] if is_pure(value) else with_notes(ast.Expr(value), notes_of(node))
+
+
+def trim_classes(program: Program, kept: Set[str]) -> None:
+    """Leave out fields and methods whose names nothing reads; `kept` are names that the script reads."""
+    used = {
+        n.attr for n in walk(program.nodes.values()) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
+    } | set(kept)
+    for node in program.nodes.values():
+        if isinstance(node, ast.ClassDef):
+            node.body = [part for part in node.body if not _is_unread(part, used)] or [ast.Pass()]
+            _trim_constructions(program, node)
+    for function in program.functions():
+        function.body = _UnreadAttributes(program, used).body(function.body) or [ast.Pass()]
+
+
+def _is_unread(part: ast.stmt, used: Set[str]) -> bool:
+    if isinstance(part, ast.FunctionDef):
+        return part.name not in used and not part.name.startswith("__")
+    if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+        return part.target.id not in used
+    return False
+
+
+def _trim_constructions(program: Program, node: ast.ClassDef) -> None:
+    """Leave out arguments of a dataclass's constructor for fields that are gone."""
+    if not any("dataclass" in ast.dump(d) for d in node.decorator_list):
+        return
+    fields = fields_of(node)
+    for call in (n for n in walk(program.nodes.values()) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)):
+        if isinstance(call.func, ast.Name) and call.func.id == node.name:
+            call.keywords = [k for k in call.keywords if k.arg in fields or k.arg is None]
+
+
+class _UnreadAttributes(_Unread):
+    """Leaves out assignments to attributes of the library's objects that nothing reads."""
+
+    def __init__(self, program: Program, used: Set[str]) -> None:
+        self.attributes = used
+        super().__init__(frozenset())
+
+    def _gone(self, target: ast.expr) -> bool:
+        return isinstance(target, ast.Attribute) and target.attr not in self.attributes and _is_own(target)
+
+    def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
+        target = node.targets[0]
+        if len(node.targets) == 1 and self._gone(target):
+            return self._effect(node, node.value)
+        if len(node.targets) == 1 and isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            pairs = [
+                (n, v) for n, v in zip(target.elts, node.value.elts, strict=False) if not (self._gone(n) and is_pure(v))
+            ]
+            if len(pairs) == len(target.elts):
+                return node
+            if not pairs:
+                return []
+            if len(pairs) == 1:
+                return with_notes(ast.Assign([pairs[0][0]], pairs[0][1]), notes_of(node))
+            target.elts, node.value.elts = [n for n, _ in pairs], [v for _, v in pairs]
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | list[ast.stmt]:
+        return self._effect(node, node.value) if self._gone(node.target) and node.value is not None else node
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt | list[ast.stmt]:
+        return [] if self._gone(node.target) and is_pure(node.value) else node
+
+
+def _is_own(target: ast.Attribute) -> bool:
+    """Whether an attribute is one of the library's objects, not of the model, an optimizer or a loader."""
+    owner = target.value
+    return isinstance(owner, ast.Name) and owner.id in ("self", "progress")
