@@ -39,12 +39,16 @@ class Known:
         values: names and dotted names with the constants or displays that they stand for.
         present: names and dotted names that are not None.
         absent: classes of which there is no object, so that `isinstance` says no.
+        always: classes that all that is asked about them is of, so that `isinstance` says yes.
+        answers: functions whose result is known where they are called, each with what gives it for a call.
         constants: the values of names that stay, as those of settings do.
     """
 
     values: Mapping[str, ast.expr] = field(default_factory=dict)
     present: Set[str] = frozenset()
     absent: Set[str] = frozenset()
+    always: Set[str] = frozenset()
+    answers: Mapping[str, Callable[[ast.Call], ast.expr | None]] = field(default_factory=dict)
     constants: Mapping[str, int | float | str] = field(default_factory=dict)
 
     def value_of(self, node: ast.expr) -> ast.expr:
@@ -203,6 +207,9 @@ class _Folder(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
         name, called = dotted(node.func), node.func
+        if name is not None and name in self.known.answers:
+            answer = self.known.answers[name](node)
+            return node if answer is None else answer
         if name == "isinstance" and len(node.args) == 2:
             return self._instance(node)
         if name == "len" and isinstance(node.args[0], (ast.Tuple, ast.List)) and truth(node.args[0]) is not None:
@@ -213,6 +220,8 @@ class _Folder(ast.NodeTransformer):
 
     def _instance(self, node: ast.Call) -> ast.expr:
         classes = node.args[1].elts if isinstance(node.args[1], ast.Tuple) else [node.args[1]]
+        if is_pure(node.args[0]) and any(dotted(kind) in self.known.always for kind in classes):
+            return ast.Constant(True)
         left = [kind for kind in classes if dotted(kind) not in self.known.absent]
         if not left and is_pure(node.args[0]):
             return ast.Constant(False)

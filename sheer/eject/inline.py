@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sheer.eject.fold import is_pure
 from sheer.eject.program import Program, arguments_of
@@ -65,13 +65,17 @@ class _ExpressionCall(ast.NodeTransformer):
         return statement.value
 
 
-def inline_procedures(program: Program, most: int) -> bool:
-    """Write functions of at most `most` statements that are called once, as a statement, where they are called."""
+def inline_procedures(program: Program, most: int, records: Sequence[str] = ()) -> bool:
+    """Write functions of at most `most` statements that are called once, as a statement, where they are called.
+
+    Those that return a record are written there whatever their size, so that it can be taken apart.
+    """
     for name, node in list(program.nodes.items()):
         if not isinstance(node, ast.FunctionDef) or name in program.roots or node.decorator_list or _is_generator(node):
             continue
         calls = program.calls(name)
-        if calls is None or len(calls) != 1 or size(node.body) > most:
+        makes_record = node.returns is not None and any(record in ast.unparse(node.returns) for record in records)
+        if calls is None or len(calls) != 1 or (size(node.body) > most and not makes_record):
             continue
         for function in program.functions():
             if function is not node and _Site(function, node, calls[0]).inline():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Set
+from dataclasses import replace
 
 from sheer.eject.fold import Known, fold, is_constant, is_pure
 from sheer.eject.program import Program, arguments_of, drop_parameter
@@ -15,16 +16,14 @@ def fold_all(program: Program, known: Known) -> None:
     for function in program.functions():
         own = _shadowed(known, bound_in(function))
         local = known_locals(function, program, own)
-        merged = Known({**own.values, **local.values}, own.present | local.present, own.absent, own.constants)
+        merged = replace(own, values={**own.values, **local.values}, present=own.present | local.present)
         function.body = fold(function.body, merged) or [ast.Pass()]
 
 
 def _shadowed(known: Known, names: Set[str]) -> Known:
     """Return what is still known where some names are bound anew; dotted names start with parameters that are marked so."""
     values = {name: value for name, value in known.values.items() if "." in name or name not in names}
-    return Known(
-        values, frozenset(n for n in known.present if "." in n or n not in names), known.absent, known.constants
-    )
+    return replace(known, values=values, present=frozenset(n for n in known.present if "." in n or n not in names))
 
 
 def known_locals(function: ast.FunctionDef, program: Program, known: Known) -> Known:
@@ -53,7 +52,7 @@ def known_locals(function: ast.FunctionDef, program: Program, known: Known) -> K
             value, program
         ):
             present.add(target.id)
-    return Known(values, frozenset(present), known.absent)
+    return Known(values, frozenset(present))
 
 
 def _is_stable(value: ast.expr, count: Mapping[str, int]) -> bool:
