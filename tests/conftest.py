@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,3 +20,25 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     torch.use_deterministic_algorithms(False)
     torch.autograd.set_detect_anomaly(False)
     torch.set_float32_matmul_precision("highest")
+
+
+class Exits:
+    """Stands for `atexit` in one's own loops: what a test leaves unfinished is closed at its end, in its own folder."""
+
+    def __init__(self) -> None:
+        self.left: list[Any] = []
+
+    def register(self, function: Any) -> None:
+        self.left.append(function)
+
+    def unregister(self, function: Any) -> None:
+        self.left.remove(function)
+
+
+@pytest.fixture(autouse=True)
+def no_loop_outlives_its_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    exits = Exits()
+    monkeypatch.setattr("sheer.own_loop.atexit", exits)
+    yield
+    for function in list(exits.left):
+        function.__self__._close(None)
