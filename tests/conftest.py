@@ -32,7 +32,7 @@ class Exits:
         self.left.append(function)
 
     def unregister(self, function: Any) -> None:
-        self.left.remove(function)
+        self.left = [other for other in self.left if other != function]
 
 
 @pytest.fixture(autouse=True)
