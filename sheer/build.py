@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,9 +41,8 @@ def resolve_device(name: str) -> torch.device:
 
 def make_compute(precision: Precision, device: torch.device) -> Compute:
     """Return where and in which precision steps are computed."""
-    autocast: AbstractContextManager[Any] = nullcontext()
-    if precision in MIXED_DTYPES:
-        autocast = torch.autocast(device.type, dtype=MIXED_DTYPES[precision])
+    mixed = MIXED_DTYPES.get(precision)
+    autocast = torch.autocast(device.type, dtype=mixed) if mixed is not None else nullcontext()
     return Compute(device, autocast, TRUE_DTYPES.get(precision))
 
 

@@ -178,13 +178,13 @@ def report(run: Run, metrics: dict[str, float]) -> None:
     record = {"epoch": run.progress.epoch, **metrics}
     run.loggers.log(run.progress.step, record)
     run.console.log(run.progress.step, record)
-    run.saved_at = -1
+    run.progress.saved_at = -1
 
 
 def save_and_tell(cfg: Settings, run: Run) -> None:
     """Save, and tell the callbacks."""
     path = save_checkpoint(cfg, run)
-    run.saved_at = run.progress.step
+    run.progress.saved_at = run.progress.step
     for callback in run.events.save:
         callback.on_save(run.progress.step, path)
 
@@ -198,7 +198,7 @@ def finish(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
         log_training(cfg, run)
     if not goes_on and validation is not None and progress.validated_at != progress.step:
         validate(cfg, run, validation)
-    if cfg.checkpoint is not None and run.saved_at != progress.step:
+    if cfg.checkpoint is not None and progress.saved_at != progress.step:
         save_and_tell(cfg, run)
     for callback in run.events.fit_end:
         callback.on_fit_end(progress.step, run.model)

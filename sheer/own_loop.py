@@ -23,7 +23,7 @@ from sheer.evaluation import Evaluation
 from sheer.loop import begin, begin_step, count_batches, end_step, finish, save_and_tell, validate
 from sheer.loss import Step
 from sheer.plugins import Plugins
-from sheer.resume import open_data
+from sheer.resume import Restored, open_data
 from sheer.run import Result, Run, result
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings, unknown_name
@@ -65,7 +65,7 @@ def own_steps(
     cfg: Settings,
     run: Run,
     signals: StopSignals,
-    restored: dict[str, Any] | None,
+    restored: Restored | None,
     loader: Any,
     resume_by_skipping: bool,
 ) -> Iterator[Any]:
@@ -120,7 +120,7 @@ class Loop:
         run.finish()
     """
 
-    def __init__(self, cfg: Settings, run: Run, restored: dict[str, Any] | None) -> None:
+    def __init__(self, cfg: Settings, run: Run, restored: Restored | None) -> None:
         self._cfg, self._run, self._restored = cfg, run, restored
         self._numbered: dict[int, tuple[Step, bool]] = {}  # by the id of a step: whether it takes the step's number
         self._evaluations: dict[tuple[int, int], Evaluation | None] = {}  # by the ids of a step and its loader

@@ -24,6 +24,7 @@ class Progress:
         default_factory=dict
     )  # of the last validation; of the last log point where there was none
     validated_at: int = -1  # the step of that validation
+    saved_at: int = -1  # the step whose checkpoint holds all of the run as it is now; -1: something came since
     scale: float = 1.0  # the factor of a gradient scaler after the last step
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,17 @@ from sheer.signals import is_signal
 from sheer.weights import checkpoint_in, load_model
 
 
-def resume(cfg: Settings, run: Run) -> dict[str, Any] | None:
-    """Restore the checkpoint that `resume` means. Returns what `open_data` needs of it, or None where there is none to go on from."""
+@dataclass(frozen=True)
+class Restored:
+    """The checkpoint that a run goes on from, and what of it is put back when the data is opened."""
+
+    path: Path
+    data: dict[str, Any] | None
+    random: dict[str, Any]
+
+
+def resume(cfg: Settings, run: Run) -> Restored | None:
+    """Restore the checkpoint that `resume` means. Returns None where there is none to go on from."""
     if cfg.resume is None:
         return None
     if cfg.resume == "auto":
@@ -41,17 +51,13 @@ def resume(cfg: Settings, run: Run) -> dict[str, Any] | None:
     state = restore(run, path, same_run=cfg.resume == "auto")
     told = is_signal(run.progress.stopped_by) or run.progress.stopped_by in DURATIONS
     if told or cfg.resume != "auto":
-        run.progress.stopped_by = duration_over(
-            cfg, run
-        )  # the durations may have grown since, or be those of another run
+        run.progress.stopped_by = duration_over(cfg, run)  # it may be longer now, or that of another run
     if cfg.resume != "auto" and run.progress.stopped_by is not None:
         raise RunError(
             f"{path} is of step {run.progress.step:,}, and {run.progress.stopped_by} is reached there: nothing would be trained. Durations count "
             "from the run's first step, earlier sessions included. Give a longer one, or take the weights alone with sheer.load_weights."
         )
-    run.info = dataclasses.replace(run.info, start_step=run.progress.step)
-    run.resumed_from = path
-    return {"data": state["data"], "random": state["random"]}
+    return Restored(path, state["data"], state["random"])
 
 
 def restore(run: Run, path: Path, *, same_run: bool) -> dict[str, Any]:
@@ -117,13 +123,13 @@ def warn_of_changes(run: Run, state: dict[str, Any]) -> None:
         warnings.warn(warning, SheerWarning, stacklevel=5)
 
 
-def open_data(data: TrainingData | None, state: dict[str, Any] | None) -> Callable[[], None] | None:
+def open_data(data: TrainingData | None, restored: Restored | None) -> Callable[[], None] | None:
     """Bring the data to where it was saved. Returns what puts the random states back where the data says; None in a new run."""
-    if state is None:
+    if restored is None:
         return None
-    if data is not None and state["data"] is not None:
-        data.load_state_dict(state["data"])
-    return functools.partial(set_random_state, state["random"])
+    if data is not None and restored.data is not None:
+        data.load_state_dict(restored.data)
+    return functools.partial(set_random_state, restored.random)
 
 
 def newest_good(directory: Path) -> Path | None:

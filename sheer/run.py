@@ -60,8 +60,6 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     metrics: Metrics = field(default_factory=Metrics)
     watch: Watch = field(default_factory=Watch)
-    resumed_from: Path | None = None  # the checkpoint that the run went on from, in this session
-    saved_at: int = -1  # the step whose checkpoint holds all of the run as it is now; -1: there is none
     batch: Any = None  # what the step that is running trains on
     in_steps: bool = False  # whether one's own loop is between its first step and its last
     began: float = field(default_factory=time.monotonic)

@@ -36,7 +36,7 @@ from sheer.events import RunInfo, events_of, named
 from sheer.loggers.base import Loggers, check_loggers
 from sheer.loggers.jsonl import JSONL
 from sheer.plugins import Plugins
-from sheer.resume import resume
+from sheer.resume import Restored, resume
 from sheer.run import Run
 from sheer.rundir import as_mapping, choose_run_dir, run_record
 from sheer.saving import state_of
@@ -66,11 +66,10 @@ def training_data(cfg: Settings, loader: Any, *, resume_by_skipping: bool = Fals
 
 def count_steps(cfg: Settings, data: TrainingData | None) -> int | None:
     """Return the number of steps of the whole run, or None where only time, or the end of the data, tells."""
-    by_epochs = None
-    if cfg.max_epochs is not None and data is not None and data.steps_per_epoch is not None:
-        by_epochs = cfg.max_epochs * data.steps_per_epoch
-    known = [number for number in (cfg.max_steps, by_epochs) if number is not None]
-    return min(known) if known else None
+    if cfg.max_epochs is None or data is None or data.steps_per_epoch is None:
+        return cfg.max_steps
+    by_epochs = cfg.max_epochs * data.steps_per_epoch
+    return by_epochs if cfg.max_steps is None else min(cfg.max_steps, by_epochs)
 
 
 def start_run(
@@ -80,11 +79,11 @@ def start_run(
     optimizers: Mapping[str, Optimizer | Callable[[nn.Module], Optimizer]],
     schedulers: Mapping[str, Any],
     data: TrainingData | None,
-) -> tuple[Run, dict[str, Any] | None]:
+) -> tuple[Run, Restored | None]:
     """Make a run out of what the user passed; where one is to be resumed, bring it to where its checkpoint was made.
 
     Returns:
-        the run, and what `open_data` needs of the checkpoint that it goes on from.
+        the run, and the checkpoint that it goes on from.
 
     Raises:
         SettingsError, ModelError, RunError: something does not fit; the message says what, and what to do.
@@ -150,8 +149,10 @@ def start_run(
         run.progress.scale = run.scaler.get_scale()
     encode(state_of(run), {})  # what cannot be saved is refused now, not at the first save
     restored = resume(cfg, run)
+    if restored is not None:
+        run.info = dataclasses.replace(run.info, start_step=run.progress.step)
     check_length_of_schedules(cfg, run)
-    announce(cfg, run)
+    announce(cfg, run, restored)
     return run, restored
 
 
