@@ -48,7 +48,9 @@ def make_compute(precision: Precision, device: torch.device) -> Compute:
 
 def place_model(model: nn.Module, compute: Compute) -> None:
     """Move a model to the device, and to the precision, that its steps are computed in; in place."""
-    model.to(device=compute.device, dtype=compute.dtype)
+    model.to(compute.device)
+    if compute.dtype is not None:
+        model.to(compute.dtype)
 
 
 def takes_step_number(step: Callable[..., Any], name: str = "step", model: nn.Module | None = None) -> bool:
@@ -138,15 +140,29 @@ def check_arguments(function: Callable[..., Any], name: str, arguments: tuple[st
         ) from error
 
 
-def check_parameters(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[Optimizer, list[nn.Parameter]]:
-    """Return what each optimizer updates, in the model's order.
+def parameters_of(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[Optimizer, list[nn.Parameter]]:
+    """Return what each optimizer updates, in the model's order; a single one updates all that is trained."""
+    return {
+        optimizer: list(model.parameters()) if len(optimizers) == 1 else held_by(optimizer, model)
+        for optimizer in optimizers.values()
+    }
+
+
+def held_by(optimizer: Optimizer, model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model that an optimizer updates, in the model's order."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [parameter for parameter in model.parameters() if id(parameter) in held]
+
+
+def check_parameters(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
+    """See that the optimizers update what is to be trained, and nothing else.
 
     Raises:
         ModelError: an optimizer holds parameters that the model does not have, or a trainable parameter is in no optimizer.
     """
     own = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in own.items()}
-    updated: dict[Optimizer, list[nn.Parameter]] = {}
+    updated: set[int] = set()
     for label, optimizer in optimizers.items():
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         strangers = [p for key, p in held.items() if key not in names]
@@ -162,10 +178,8 @@ def check_parameters(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> d
                 f"{which} holds {len(strangers)} parameters that the model does not have (shapes {shapes}). They would be neither saved nor "
                 "moved to the device. Put them into one nn.Module with the model."
             )
-        updated[optimizer] = [p for p in own.values() if id(p) in held]
-    left = [
-        name for name, p in own.items() if p.requires_grad and not any(p is q for ps in updated.values() for q in ps)
-    ]
+        updated |= held.keys()
+    left = [name for name, p in own.items() if p.requires_grad and id(p) not in updated]
     if left:
         shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
         raise ModelError(
@@ -174,7 +188,6 @@ def check_parameters(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> d
         )
     if not any(p.requires_grad for p in own.values()):
         raise ModelError("The model has no parameter with requires_grad: there is nothing to train.")
-    return updated
 
 
 def built_by_function(scheduler: Any) -> bool:

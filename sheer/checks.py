@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
+from sheer.checkpoint.codec import encode
 from sheer.data.source import generators_of
 from sheer.errors import ModelError, SettingsError, SheerWarning
 from sheer.evaluation import Evaluation, evaluate, named_loaders
@@ -24,6 +25,7 @@ from sheer.metrics import Computed, contents, put_back
 from sheer.plugins import Plugins
 from sheer.random import set_states_of, states_of
 from sheer.run import Run
+from sheer.saving import state_of
 from sheer.settings import Settings
 
 HIGHER_IS_BETTER = frozenset(
@@ -84,6 +86,11 @@ def refuse_unfollowed(cfg: Settings, validation: Evaluation | None, scheduler: A
         )
 
 
+def check_can_be_saved(run: Run) -> None:
+    """Raise an error for a callback, optimizer or scheduler whose state cannot be saved: now, not at the first save."""
+    encode(state_of(run), {})
+
+
 def check_length_of_schedules(cfg: Settings, run: Run) -> None:
     """Raise `ModelError` where a `OneCycleLR` ends before the run does, as it would in the middle of the training."""
     for scheduler in run.schedulers.values():
@@ -127,7 +134,7 @@ def try_validation(cfg: Settings, run: Run, validation: Evaluation) -> None:
     states = states_of(generators)
     trial = dataclasses.replace(validation, loaders=copied(validation.loaders), limit=1)
     try:
-        metrics, _ = evaluate(run.model, trial, run.compute, run.events, run.progress.step)
+        metrics = evaluate(run.model, trial, run.compute, run.events, run.progress.step, {})
     except Exception as error:
         error.add_note("This was the trial of the validation: one batch of each loader, before the first step.")
         raise

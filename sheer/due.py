@@ -27,11 +27,10 @@ def validation_is_due(cfg: Settings, step: int, at_end: bool) -> bool:
 
 def save_is_due(cfg: Settings, run: Run, at_end: bool) -> bool:
     """Whether a checkpoint comes after this step: every n steps or epochs, or because it is among the best."""
-    every = cfg.checkpoint
-    if every is None:
+    if cfg.checkpoint is None:
         return False
-    if every.every_n_steps is not None and run.progress.step % every.every_n_steps == 0:
+    if cfg.checkpoint.every_n_steps is not None and run.progress.step % cfg.checkpoint.every_n_steps == 0:
         return True
-    if at_end and every.every_n_epochs is not None and run.progress.epoch % every.every_n_epochs == 0:
+    if cfg.checkpoint.every_n_epochs is not None and at_end and run.progress.epoch % cfg.checkpoint.every_n_epochs == 0:
         return True
     return is_among_best(cfg, run)

@@ -58,7 +58,8 @@ def evaluate_alone(
         check_loader(part, "The loader to evaluate on", passes=1)
     compute, events = prepare(cfg, plugins, model, checkpoint, run_dir)
     evaluation = Evaluation(step, loader, prefix, limit, numbered)
-    metrics, media = evaluate(model, evaluation, compute, events, 0)
+    media: dict[str, Media] = {}
+    metrics = evaluate(model, evaluation, compute, events, 0, media)
     if reporter is not None:
         reporter.report(metrics, media)
     return metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,15 +47,14 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, evaluation: Evaluation, compute: Compute, events: Events, step: int
-) -> tuple[dict[str, float], dict[str, Media]]:
-    """Run the evaluation's step over all of its batches.
+    model: nn.Module, evaluation: Evaluation, compute: Compute, events: Events, step: int, media: dict[str, Media]
+) -> dict[str, float]:
+    """Run the evaluation's step over all of its batches, and put the pictures and texts that it returns into `media`.
 
     Returns:
-        the weighted means as `val/<name>`, or `val/<loader>/<name>` where there are several loaders, and pictures and texts.
+        the weighted means as `val/<name>`, or `val/<loader>/<name>` where there are several loaders.
     """
     means: dict[str, float] = {}
-    media: dict[str, Media] = {}
     with eval_mode(model, events):
         for loader_name, loader in named_loaders(evaluation.loaders):
             metrics = Metrics()
@@ -77,7 +76,7 @@ def evaluate(
             prefix = f"{evaluation.prefix}/{loader_name}"
             means.update({prefix + name: value for name, value in metrics.read().items()})
             media.update({prefix + name: value for name, value in metrics.take_media().items()})
-    return means, media
+    return means
 
 
 class _Place:
@@ -116,23 +115,19 @@ def predict(
             yield output
 
 
-class eval_mode:
-    """While entered the model is in eval mode, with the averages of a callback that keeps some; then each part is as it was."""
-
-    def __init__(self, model: nn.Module, events: Events) -> None:
-        self.model, self.events = model, events
-        self.training: list[nn.Module] = []
-
-    def __enter__(self) -> None:
-        self.training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        for callback in self.events.evaluation_start:
-            callback.on_evaluation_start(self.model)
-
-    def __exit__(self, *error: object) -> None:
-        for callback in reversed(self.events.evaluation_end):
-            callback.on_evaluation_end(self.model)
-        for module in self.training:
+@contextmanager
+def eval_mode(model: nn.Module, events: Events) -> Iterator[None]:
+    """Put the model in eval mode, with the averages of a callback that keeps some; then each part is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    for starting in events.evaluation_start:
+        starting.on_evaluation_start(model)
+    try:
+        yield
+    finally:
+        for ending in reversed(events.evaluation_end):
+            ending.on_evaluation_end(model)
+        for module in training:
             module.training = True
 
 

@@ -15,7 +15,7 @@ from sheer.data.batch import StepBatch
 from sheer.due import duration_over, save_is_due, validation_is_due
 from sheer.evaluation import Evaluation, evaluate
 from sheer.loss import Step
-from sheer.metrics import put_back
+from sheer.metrics import Media, put_back
 from sheer.plugins import Plugins
 from sheer.resume import open_data
 from sheer.run import Run
@@ -46,7 +46,7 @@ def fit(
     numbered = takes_step_number(step, model=model)
     run, restored = start_run(cfg, plugins, model, {"optimizer": optimizer}, {"optimizer": scheduler}, train)
     progress, optimizer, scheduler = run.progress, run.optimizers["optimizer"], run.schedulers.get("optimizer")
-    if progress.stopped_by is not None:
+    if restored is not None and progress.stopped_by is not None:
         return run
     refuse_closure(optimizer)
     restore_random = open_data(train, restored)
@@ -85,30 +85,42 @@ def begin_epoch(run: Run) -> None:
 def begin_step(run: Run, batch: StepBatch | None) -> None:
     """Count the step that begins, and tell the callbacks."""
     run.progress.step += 1
-    run.batch = batch
     for callback in run.events.step_start:
         callback.on_step_start(run.progress.step, run.model, batch)
 
 
 def end_step(
-    cfg: Settings, run: Run, batch: StepBatch | None, validation: Evaluation | None, signals: StopSignals
+    cfg: Settings,
+    run: Run,
+    batch: StepBatch | None,
+    validation: Evaluation | None,
+    signals: StopSignals,
+    told: str | None = None,
 ) -> bool:
-    """Count what was trained on, then do what is due: log, validate, tell the callbacks, save. Returns whether this step was the last."""
+    """Count what was trained on, then do what is due: log, validate, tell the callbacks, save.
+
+    Args:
+        told: why this step is to be the last, if that was decided in it.
+
+    Returns:
+        whether this step was the last.
+    """
     progress = run.progress
     epoch_ended = count_batches(run, batch)
-    stop = duration_over(cfg, run) or progress.stopped_by
+    stop = duration_over(cfg, run) or told
 
     if stop is not None or progress.step % cfg.log_every_n_steps == 0:
         log_training(cfg, run)
-    if validation is not None and validation_is_due(cfg, progress.step, epoch_ended):
+    if validation is not None and (stop is not None or validation_is_due(cfg, progress.step, epoch_ended)):
         stop = validate(cfg, run, validation) or stop
     for callback in run.events.step_end:
         stop = callback.on_step_end(progress.step, run.model) or stop
     if epoch_ended:
         stop = end_epoch(cfg, run) or stop
 
-    progress.stopped_by = stop or signals.received
-    if progress.stopped_by is not None:
+    stop = stop or signals.received
+    if stop is not None:
+        progress.stopped_by = stop
         return True
     if cfg.checkpoint is not None and save_is_due(cfg, run, epoch_ended):
         save_and_tell(cfg, run)
@@ -155,7 +167,8 @@ def log_training(cfg: Settings, run: Run) -> None:
 def validate(cfg: Settings, run: Run, validation: Evaluation) -> str | None:
     """Validate, report it, and tell the schedulers and callbacks that follow it. Returns why the run is to stop, or None."""
     set_aside = run.metrics.set_aside()
-    metrics, media = evaluate(run.model, validation, run.compute, run.events, run.progress.step)
+    media: dict[str, Media] = {}
+    metrics = evaluate(run.model, validation, run.compute, run.events, run.progress.step, media)
     put_back(set_aside)
     check_monitor(cfg, run, metrics)
     run.progress.metrics, run.progress.validated_at = metrics, run.progress.step
@@ -189,16 +202,19 @@ def save_and_tell(cfg: Settings, run: Run) -> None:
         callback.on_save(run.progress.step, path)
 
 
-def finish(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
-    """End a run: validate where its last step was not, save, tell the callbacks. One that goes on later is only saved."""
-    progress = run.progress
-    progress.stopped_by = progress.stopped_by or "break"
+def finish(cfg: Settings, run: Run, validation: Evaluation | None, saved: bool = False) -> None:
+    """End a run: log and validate where the callback that stopped it did so between two points, save, tell the callbacks.
+
+    One that goes on later is only saved. `saved` says that it is already.
+    """
+    progress, events = run.progress, run.events
     goes_on = is_signal(progress.stopped_by)
-    if not goes_on and run.metrics:
-        log_training(cfg, run)
-    if not goes_on and validation is not None and progress.validated_at != progress.step:
-        validate(cfg, run, validation)
-    if cfg.checkpoint is not None and progress.saved_at != progress.step:
+    if (events.validation_end or events.step_end or events.epoch_end) and not goes_on:
+        if run.metrics:
+            log_training(cfg, run)
+        if validation is not None and progress.validated_at != progress.step:
+            validate(cfg, run, validation)
+    if cfg.checkpoint is not None and not saved:
         save_and_tell(cfg, run)
     for callback in run.events.fit_end:
         callback.on_fit_end(progress.step, run.model)

@@ -20,9 +20,9 @@ def loss_in(step: Step, output: object) -> Any:
     Raises:
         StepError: it is no mapping, or has no "loss".
     """
-    if isinstance(output, Mapping) and "loss" in output:
-        return output["loss"]
-    raise StepError(no_loss(step, output))
+    if not isinstance(output, Mapping) or "loss" not in output:
+        raise StepError(no_loss(step, output))
+    return output["loss"]
 
 
 def no_loss(step: Step, output: object) -> str:

@@ -20,14 +20,14 @@ from sheer.build import takes_step_number
 from sheer.data.batch import StepBatch, count_samples
 from sheer.errors import RunError, SettingsError, SheerWarning
 from sheer.evaluation import Evaluation
-from sheer.loop import begin, begin_step, count_batches, end_step, finish, save_and_tell, validate
+from sheer.loop import begin, begin_step, count_batches, end_step, finish, log_training, save_and_tell, validate
 from sheer.loss import Step
 from sheer.plugins import Plugins
 from sheer.resume import Restored, open_data
 from sheer.run import Result, Run, result
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings, unknown_name
-from sheer.signals import StopSignals
+from sheer.signals import StopSignals, is_signal
 from sheer.start import count_steps, evaluation_of, start_run, training_data
 from sheer.step import apply, backward, scale_gradients
 
@@ -94,7 +94,7 @@ def own_steps(
                 except GeneratorExit:  # a break: this step was made too
                     count_batches(run, batch)
                     raise
-                if end_step(cfg, run, batch, None, signals):
+                if end_step(cfg, run, batch, None, signals, progress.stopped_by):
                     break
         finally:
             run.in_steps = False
@@ -276,10 +276,14 @@ class Loop:
 
     def finish(self) -> Result:
         """End the run: log what is left, save, close the loggers."""
+        progress = self._run.progress
         if not self._finished:
-            if self._run.progress.step > self._run.info.start_step:
+            if progress.step > self._run.info.start_step:
                 self._warn_of_unused()
-                finish(self._cfg, self._run, None)
+                progress.stopped_by = progress.stopped_by or "break"
+                if self._run.metrics and not is_signal(progress.stopped_by):
+                    log_training(self._cfg, self._run)
+                finish(self._cfg, self._run, None, saved=progress.saved_at == progress.step)
             self._close(None)
             leave_if_told(self._run, self._signals)
         return result(self._run)
@@ -316,7 +320,7 @@ class Loop:
         """Return a batch with its number of samples, which is known from the order where it is the one that `steps` yielded."""
         if isinstance(batch, StepBatch):
             return batch
-        yielded: StepBatch | None = self._run.batch
+        yielded = self._run.data.yielded if self._run.data is not None else None
         if yielded is not None and len(yielded) == 1 and batch is yielded[0][0]:
             return yielded
         return StepBatch([(batch, count_samples(batch))])

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sheer.checkpoint import store
 from sheer.checkpoint.codec import decode
 from sheer.checkpoint.optimizer import NamedOptimizer
+from sheer.checkpoint.store import committed, read_tensors, read_text, verify
 from sheer.data.feed import TrainingData
 from sheer.due import DURATIONS, duration_over
 from sheer.errors import RunError, SheerWarning
@@ -26,53 +26,57 @@ from sheer.weights import checkpoint_in, load_model
 
 @dataclass(frozen=True)
 class Restored:
-    """The checkpoint that a run goes on from, and what of it is put back when the data is opened."""
+    """The checkpoint that a run goes on from, as it was read."""
 
     path: Path
-    data: dict[str, Any] | None
-    random: dict[str, Any]
+    run_id: str  # of the run that made it
+    state: dict[str, Any]  # all but the weights
+    weights: dict[str, Any]  # of the model that is used: the averages, where there are some
+    trained: dict[str, Any]  # the weights that are trained, where those are others
+    extra: dict[str, Any]  # what a model's `get_extra_state` adds
 
 
-def resume(cfg: Settings, run: Run) -> Restored | None:
-    """Restore the checkpoint that `resume` means. Returns None where there is none to go on from."""
+def find_checkpoint(cfg: Settings, directory: Path) -> Restored | None:
+    """Read the checkpoint that `resume` means; `directory` is that of the run's own. Returns None where there is none to go on from.
+
+    Raises:
+        RunError: what there is cannot be used, or is of a run with other settings.
+    """
     if cfg.resume is None:
         return None
     if cfg.resume == "auto":
-        path = newest_good(run.checkpoints)
-        if path is None and store.committed(run.checkpoints):
+        path = newest_good(directory)
+        if path is None and committed(directory):
             raise RunError(
-                f"No checkpoint in {run.checkpoints} can be used; see the warnings. To start anew, give another run_dir."
+                f"No checkpoint in {directory} can be used; see the warnings. To start anew, give another run_dir."
             )
-        if path is None:
-            return None
-    else:
-        path = checkpoint_in(cfg.resume)
-        refuse_differences(path, store.verify(path)["settings"], dataclasses.asdict(cfg))
-    state = restore(run, path, same_run=cfg.resume == "auto")
-    told = is_signal(run.progress.stopped_by) or run.progress.stopped_by in DURATIONS
-    if told or cfg.resume != "auto":
-        run.progress.stopped_by = duration_over(cfg, run)  # it may be longer now, or that of another run
-    if cfg.resume != "auto" and run.progress.stopped_by is not None:
-        raise RunError(
-            f"{path} is of step {run.progress.step:,}, and {run.progress.stopped_by} is reached there: nothing would be trained. Durations count "
-            "from the run's first step, earlier sessions included. Give a longer one, or take the weights alone with sheer.load_weights."
-        )
-    return Restored(path, state["data"], state["random"])
+        return read_checkpoint(path) if path is not None else None
+    path = checkpoint_in(cfg.resume)
+    refuse_differences(path, verify(path)["settings"], dataclasses.asdict(cfg))
+    return read_checkpoint(path)
 
 
-def restore(run: Run, path: Path, *, same_run: bool) -> dict[str, Any]:
-    """Bring a run to where a checkpoint was made, and return the state in it. The checkpoint was verified.
+def read_checkpoint(path: Path) -> Restored:
+    """Read a checkpoint, which was verified."""
+    tensors = read_tensors(path, "state")
+    return Restored(
+        path,
+        read_text(path, "manifest")["run_id"],
+        decode(read_text(path, "state"), tensors),
+        read_tensors(path, "model"),
+        read_tensors(path, "training"),
+        decode(read_text(path, "extra"), tensors),
+    )
 
-    Args:
-        run: takes the state; its data and the random states are taken by `open_data`.
-        path: the checkpoint.
-        same_run: whether it is this very run that goes on, so that its loggers go on where they were.
+
+def restore(cfg: Settings, run: Run, restored: Restored) -> None:
+    """Bring a run to where a checkpoint was made. Its data and the random states are left to `open_data`.
+
+    Raises:
+        RunError: the checkpoint is of another model, optimizer or scheduler, or there is nothing left to train.
     """
-    tensors = store.read_tensors(path, "state")
-    weights, trained = store.read_tensors(path, "model"), store.read_tensors(path, "training")
-    extra = decode(store.read_text(path, "extra"), tensors)
-    state: dict[str, Any] = decode(store.read_text(path, "state"), tensors)
-    load_model(run.model, {**(trained or weights), **extra}, path)
+    state = restored.state
+    load_model(run.model, {**(restored.trained or restored.weights), **restored.extra}, restored.path)
     refuse_other_schedulers(run, state)
     warn_of_changes(run, state)
     run.progress.load_state_dict(state["progress"])
@@ -86,11 +90,18 @@ def restore(run: Run, path: Path, *, same_run: bool) -> dict[str, Any]:
     for name, callback in run.callbacks.items():
         if name in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][name])
-    if same_run:
+    if cfg.resume == "auto":  # this very run goes on, and so do its loggers
         run.loggers.load_state_dict(state["loggers"])
-    if trained and run.averaging is not None:
-        run.averaging.load_averages(weights)
-    return state
+    if run.averaging is not None and restored.trained:
+        run.averaging.load_averages(restored.weights)
+    told = is_signal(run.progress.stopped_by) or run.progress.stopped_by in DURATIONS
+    if told or cfg.resume != "auto":
+        run.progress.stopped_by = duration_over(cfg, run)  # it may be longer now, or that of another run
+    if cfg.resume != "auto" and run.progress.stopped_by is not None:
+        raise RunError(
+            f"{restored.path} is of step {run.progress.step:,}, and {run.progress.stopped_by} is reached there: nothing would be trained. Durations "
+            "count from the run's first step, earlier sessions included. Give a longer one, or take the weights alone with sheer.load_weights."
+        )
 
 
 def refuse_other_schedulers(run: Run, state: dict[str, Any]) -> None:
@@ -127,16 +138,16 @@ def open_data(data: TrainingData | None, restored: Restored | None) -> Callable[
     """Bring the data to where it was saved. Returns what puts the random states back where the data says; None in a new run."""
     if restored is None:
         return None
-    if data is not None and restored.data is not None:
-        data.load_state_dict(restored.data)
-    return functools.partial(set_random_state, restored.random)
+    if data is not None and restored.state["data"] is not None:
+        data.load_state_dict(restored.state["data"])
+    return functools.partial(set_random_state, restored.state["random"])
 
 
 def newest_good(directory: Path) -> Path | None:
     """Return the newest checkpoint in a folder that verifies; each newer one that does not is warned of."""
-    for saved in reversed(store.committed(directory)):
+    for saved in reversed(committed(directory)):
         try:
-            store.verify(saved.path)
+            verify(saved.path)
         except RunError as error:
             warnings.warn(f"{error} Going back to the checkpoint before it.", SheerWarning, stacklevel=2)
         else:

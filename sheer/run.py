@@ -60,7 +60,6 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     metrics: Metrics = field(default_factory=Metrics)
     watch: Watch = field(default_factory=Watch)
-    batch: Any = None  # what the step that is running trains on
     in_steps: bool = False  # whether one's own loop is between its first step and its last
     began: float = field(default_factory=time.monotonic)
 

@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sheer.checkpoint import store
 from sheer.checkpoint.codec import encode
 from sheer.checkpoint.optimizer import NamedOptimizer
+from sheer.checkpoint.store import committed, prune, ranked, write_checkpoint
 from sheer.errors import NonFiniteError, RunError
 from sheer.random import random_state
 from sheer.run import Run, tensors_of
@@ -34,9 +34,9 @@ def save_checkpoint(cfg: Settings, run: Run) -> Path:
     metrics = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
     facts = {"run_id": run.info.run_id, "metrics": encode(metrics, {}), "settings": dict(run.info.settings)}
     try:
-        path = store.write(run.checkpoints, run.progress.step, groups, texts, facts)
+        path = write_checkpoint(run.checkpoints, run.progress.step, groups, texts, facts)
     except (OSError, SafetensorError) as error:
-        older = ", ".join(saved.path.name for saved in store.committed(run.checkpoints)) or "none"
+        older = ", ".join(saved.path.name for saved in committed(run.checkpoints)) or "none"
         raise RunError(
             f"The checkpoint of step {run.progress.step} could not be written to {run.checkpoints}: {error}. The older ones are as they were: {older}. "
             'Make room (Checkpoint(keep_last=..., keep_best=...) says how many stay), then go on with resume="auto".'
@@ -44,9 +44,7 @@ def save_checkpoint(cfg: Settings, run: Run) -> Path:
     keep_best = cfg.checkpoint.keep_best if cfg.checkpoint is not None else 0
     keep_last = cfg.checkpoint.keep_last if cfg.checkpoint is not None else 1
     step = run.progress.step
-    store.prune(
-        run.checkpoints, step, keep_last=keep_last, keep_best=keep_best, monitor=cfg.monitor, mode=cfg.monitor_mode
-    )
+    prune(run.checkpoints, step, keep_last=keep_last, keep_best=keep_best, monitor=cfg.monitor, mode=cfg.monitor_mode)
     return path
 
 
@@ -93,10 +91,8 @@ def is_among_best(cfg: Settings, run: Run) -> bool:
     ):
         return False
     value = run.progress.metrics[cfg.monitor]
-    saves = [
-        saved for saved in store.committed(run.checkpoints) if saved.step < run.progress.step
-    ]  # later: see `prune`
-    best = store.ranked(saves, cfg.monitor, cfg.monitor_mode)[: cfg.checkpoint.keep_best]
+    saves = [saved for saved in committed(run.checkpoints) if saved.step < run.progress.step]  # later: see `prune`
+    best = ranked(saves, cfg.monitor, cfg.monitor_mode)[: cfg.checkpoint.keep_best]
     if len(best) < cfg.checkpoint.keep_best:
         return value == value
     worst = best[-1].metrics[cfg.monitor]

@@ -72,7 +72,7 @@ class Session:
 
     def _where(self, error: BaseException) -> str:
         """Say in which step an error happened, on which batch, with how much memory in use."""
-        step, batch = self.run.progress.step, self.run.batch
+        step, batch = self.run.progress.step, self.run.data.yielded if self.run.data is not None else None
         passed = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
         lines = [f"In step {step:,}" if step else "Before the first step"]
         if "sheer.data.feed" in passed:

@@ -21,12 +21,12 @@ from sheer.build import (
     built_by_function,
     check_parameters,
     make_compute,
+    parameters_of,
     place_model,
     resolve_device,
     takes_step_number,
 )
-from sheer.checkpoint.codec import encode
-from sheer.checks import check_length_of_schedules, check_start
+from sheer.checks import check_can_be_saved, check_length_of_schedules, check_start
 from sheer.console import Console
 from sheer.data.choose import check_loader, make_source
 from sheer.data.feed import TrainingData
@@ -36,10 +36,9 @@ from sheer.events import RunInfo, events_of, named
 from sheer.loggers.base import Loggers, check_loggers
 from sheer.loggers.jsonl import JSONL
 from sheer.plugins import Plugins
-from sheer.resume import Restored, resume
+from sheer.resume import Restored, find_checkpoint, restore
 from sheer.run import Run
 from sheer.rundir import as_mapping, choose_run_dir, run_record
-from sheer.saving import state_of
 from sheer.settings import Settings
 
 
@@ -97,7 +96,7 @@ def start_run(
     place_model(model, compute)
     steps = count_steps(cfg, data)
     built = {name: build_optimizer(model, optimizer) for name, optimizer in optimizers.items()}
-    parameters = check_parameters(model, built)
+    check_parameters(model, built)
     scheduled = {name: build_scheduler(s, built[name], steps) for name, s in schedulers.items() if s is not None}
     if (
         not model.training
@@ -111,6 +110,10 @@ def start_run(
         )
     directory = Path(tempfile.mkdtemp(prefix="sheer-dev-run-")) if cfg.fast_dev_run else choose_run_dir(cfg)
     record = run_record(directory, cfg, hparams, torch.initial_seed())
+    restored = find_checkpoint(cfg, directory / "checkpoints")
+    if restored is not None and cfg.resume == "auto":
+        record["id"] = restored.run_id
+    parameters = parameters_of(model, built)
     run = Run(
         model=model,
         optimizers=built,
@@ -131,7 +134,7 @@ def start_run(
             run_id=record["id"],
             run_dir=directory,
             device=compute.device,
-            start_step=0,
+            start_step=restored.state["progress"]["step"] if restored is not None else 0,
             total_steps=steps,
             steps_per_epoch=data.steps_per_epoch if data is not None else None,
             log_every_n_steps=cfg.log_every_n_steps,
@@ -147,10 +150,9 @@ def start_run(
     )
     if run.scaler is not None:
         run.progress.scale = run.scaler.get_scale()
-    encode(state_of(run), {})  # what cannot be saved is refused now, not at the first save
-    restored = resume(cfg, run)
+    check_can_be_saved(run)
     if restored is not None:
-        run.info = dataclasses.replace(run.info, start_step=run.progress.step)
+        restore(cfg, run, restored)
     check_length_of_schedules(cfg, run)
     announce(cfg, run, restored)
     return run, restored

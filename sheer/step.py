@@ -44,7 +44,7 @@ def backward(cfg: Settings, run: Run, step: Step, numbered: bool, batch: StepBat
         elif isinstance(loss, Mean):
             counts.append(loss.count)
             loss = loss.total / total
-        elif isinstance(loss, Tensor) and samples != total:
+        elif len(parts) > 1 and samples != total and isinstance(loss, Tensor):
             loss = loss * (samples / total)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise StepError(no_loss(step, output))
@@ -82,10 +82,8 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
     if run.scaler is not None:
         run.scaler.step(optimizer)
         run.scaler.update()
-        before, run.progress.scale = (
-            run.progress.scale,
-            run.scaler.get_scale(),
-        )  # waits for the device: the one flag a step
+        before = run.progress.scale
+        run.progress.scale = run.scaler.get_scale()  # waits for the device: the one flag a step
         taken = run.progress.scale >= before
     elif cfg.nonfinite == "skip":
         taken = math.isfinite(norm)  # waits for the device: the one flag a step
@@ -97,11 +95,11 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
     optimizer.zero_grad()
     if not taken:
         count_skipped(run)
-        return
-    if scheduler is not None and cfg.scheduler_interval == "step":
+    elif scheduler is not None and cfg.scheduler_interval == "step":
         scheduler.step()
-    for updated in run.events.update:
-        updated.on_update(run.progress.step, run.model)
+    if taken:
+        for updated in run.events.update:
+            updated.on_update(run.progress.step, run.model)
 
 
 def check_first_gradients(run: Run, optimizer: Optimizer) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sheer.checkpoint import store
+from sheer.checkpoint.store import MANIFEST, committed, read_tensors, verify
 from sheer.errors import RunError
 
 
@@ -38,8 +38,8 @@ def load_weights(model: nn.Module, source: str | Path, which: str = "best", *, s
         load_model(model, state, path, strict=strict)
         return path
     path = checkpoint_in(path, which)
-    store.verify(path)
-    load_model(model, dict(store.read_tensors(path, "model")), path, strict=strict)
+    verify(path)
+    load_model(model, dict(read_tensors(path, "model")), path, strict=strict)
     return path
 
 
@@ -50,12 +50,12 @@ def checkpoint_in(source: str | Path, which: str = "last") -> Path:
         RunError: there is no checkpoint.
     """
     path = Path(source)
-    if (path / store.MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         return path.resolve()
     for candidate in (path / "checkpoints" / which, path / which):
-        if (candidate / store.MANIFEST).is_file():
+        if (candidate / MANIFEST).is_file():
             return candidate.resolve()
-    there = [saved.path.name for saved in store.committed(path / "checkpoints")] if path.is_dir() else []
+    there = [saved.path.name for saved in committed(path / "checkpoints")] if path.is_dir() else []
     if there:
         reason = "was `monitor` set?" if which == "best" else "the link was lost."
         raise RunError(

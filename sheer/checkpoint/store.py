@@ -37,7 +37,7 @@ class Saved:
     manifest: Mapping[str, Any]
 
 
-def write(
+def write_checkpoint(
     directory: Path,
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],

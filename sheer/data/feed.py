@@ -22,7 +22,8 @@ class TrainingData:
 
     Attributes:
         steps_per_epoch: steps in one epoch, or None where only its end tells.
-        at_end: whether the batch that was yielded last is the last of its epoch.
+        yielded: what the step that runs trains on.
+        at_end: whether it is the last of its epoch.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class TrainingData:
         self.knows_length_from_user = (
             isinstance(source, IterableSource) and source.batches_per_epoch is not None and limit is None
         )
+        self.yielded: StepBatch | None = None
         self.at_end = False
         self.described = f"{source.described}; {accumulate} batches a step" if accumulate > 1 else source.described
         self.moves = device.type != "cpu" or dtype is not None
@@ -94,7 +96,7 @@ class TrainingData:
         passed = start
         for step in steps:
             passed += len(step)
-            self.at_end = passed >= self.batches_per_epoch
+            self.yielded, self.at_end = step, passed >= self.batches_per_epoch
             yield step
 
     def _looking_ahead(
@@ -112,7 +114,8 @@ class TrainingData:
             following = next(steps, None)
             self.at_end = following is None
             self._before_fetch = None if self.at_end else (before, taken)
-            yield self._moved(step) if self.moves else step
+            self.yielded = self._moved(step) if self.moves else step
+            yield self.yielded
 
     def _moved(self, step: StepBatch) -> StepBatch:
         pin = self.device.type == "cuda"

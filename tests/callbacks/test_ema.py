@@ -222,8 +222,10 @@ def test_a_step_costs_three_python_calls_of_ours() -> None:
             calls.append(frame.f_code.co_name)
 
     def profiled(step: int, model: nn.Module, batch: Any) -> None:
-        calls.clear()
-        sys.setprofile(count)
+        sys.setprofile(None)
+        if step < 5:  # at the last step the validation asks for the average first
+            calls.clear()
+            sys.setprofile(count)
 
     try:
         fitted(sheer.EMA(0.9), sheer.On(step_start=profiled), max_steps=5)
