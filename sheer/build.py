@@ -27,16 +27,20 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    check_device(name)
+    return torch.device(name)
+
+
+def check_device(name: str) -> None:
+    """Raise `SettingsError` for a device that is not on this machine."""
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=torch.device(name))
     except (RuntimeError, AssertionError) as error:
         available = torch.accelerator.current_accelerator(check_available=True) or "cpu only"
         reason = str(error).splitlines()[0]
         raise SettingsError(
             f"device={name!r} cannot be used on this machine (there is {available}): {reason}"
         ) from error
-    return device
 
 
 def make_compute(precision: Precision, device: torch.device) -> Compute:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from sheer.build import refuse_closure, takes_step_number
+from sheer.build import make_compute, refuse_closure, resolve_device, takes_step_number
 from sheer.checks import check_monitor, refuse_unfollowed, try_validation
 from sheer.console import clock
 from sheer.data.batch import StepBatch
@@ -40,11 +40,13 @@ def fit(
     resume_by_skipping: bool,
 ) -> Run:
     """Train until a duration is over, a callback stops the run, or a signal does."""
-    train = training_data(cfg, train_loader, resume_by_skipping=resume_by_skipping)
+    compute = make_compute(cfg.precision, resolve_device(cfg.device))
+    train = training_data(cfg, compute, train_loader, resume_by_skipping)
     validation = evaluation_of(cfg, model, eval_step, val_loader)
     refuse_unfollowed(cfg, validation, scheduler)
     numbered = takes_step_number(step, model=model)
-    run, restored = start_run(cfg, plugins, model, {"optimizer": optimizer}, {"optimizer": scheduler}, train)
+    optimizers, schedulers = {"optimizer": optimizer}, {"optimizer": scheduler}
+    run, restored = start_run(cfg, plugins, compute, model, optimizers, schedulers, train)
     progress, optimizer, scheduler = run.progress, run.optimizers["optimizer"], run.schedulers.get("optimizer")
     if restored is not None and progress.stopped_by is not None:
         return run
@@ -133,9 +135,11 @@ def count_batches(run: Run, batch: StepBatch | None) -> bool:
     """Count what a step was trained on. Returns whether an epoch ended with it."""
     progress, epoch_ended = run.progress, run.data is not None and run.data.at_end
     for _, samples in batch or ():
-        progress.batch, progress.samples = progress.batch + 1, progress.samples + samples
+        progress.batch += 1
+        progress.samples += samples
     if epoch_ended:
-        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.epoch += 1
+        progress.batch = 0
     return epoch_ended
 
 

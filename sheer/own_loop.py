@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sheer.announce import announce_data
-from sheer.build import takes_step_number
+from sheer.build import make_compute, resolve_device, takes_step_number
 from sheer.data.batch import StepBatch, count_samples
 from sheer.errors import RunError, SettingsError, SheerWarning
 from sheer.evaluation import Evaluation
@@ -57,7 +57,8 @@ def start_loop(
             SheerWarning,
             stacklevel=3,
         )
-    run, restored = start_run(cfg, plugins, model, optimizers, schedulers, None)
+    compute = make_compute(cfg.precision, resolve_device(cfg.device))
+    run, restored = start_run(cfg, plugins, compute, model, optimizers, schedulers, None)
     return Loop(cfg, run, restored)
 
 
@@ -70,7 +71,7 @@ def own_steps(
     resume_by_skipping: bool,
 ) -> Iterator[Any]:
     """Yield the batches of one's own loop, on the device, and do after each what is due; without a loader, the step's number."""
-    train = training_data(cfg, loader, resume_by_skipping=resume_by_skipping) if loader is not None else None
+    train = training_data(cfg, run.compute, loader, resume_by_skipping) if loader is not None else None
     progress = run.progress
     if progress.stopped_by is not None:
         return

@@ -40,34 +40,18 @@ def snapshot() -> tuple[Any, Any, Any, Any]:
 
 
 def random_state(taken: tuple[Any, Any, Any, Any] | None = None) -> dict[str, Any]:
-    """Return the states of all generators of this process, now or at a snapshot, as tensors and plain values."""
+    """Return the states of all generators of this process, now or at a snapshot."""
     python, numpy, default, accelerator = taken or snapshot()
-    version, words, gauss = python
-    name, keys, position, has_gauss, cached = numpy
-    state: dict[str, Any] = {
-        "torch": default,
-        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
-        "numpy": {
-            "name": name,
-            "keys": torch.from_numpy(np.array(keys, dtype=np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached": float(cached),
-        },
-    }
-    if accelerator is not None:
-        state["accelerator"] = accelerator
-    return state
+    return {"python": python, "numpy": numpy, "torch": default, "accelerator": accelerator}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Put all generators of this process back into a state that `random_state` returned."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(keys), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    keys = numpy["keys"].numpy().astype(np.uint32)
-    np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))  # noqa: NPY002
-    if "accelerator" in state and torch.accelerator.is_available():
+    if state["accelerator"] is not None and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state_all(state["accelerator"])
 
 

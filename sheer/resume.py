@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sheer.checkpoint.codec import decode
-from sheer.checkpoint.optimizer import NamedOptimizer
+from sheer.checkpoint.optimizer import load_optimizer_state
 from sheer.checkpoint.store import committed, read_tensors, read_text, verify
 from sheer.data.feed import TrainingData
 from sheer.due import DURATIONS, duration_over
@@ -52,7 +52,7 @@ def find_checkpoint(cfg: Settings, directory: Path) -> Restored | None:
             )
         return read_checkpoint(path) if path is not None else None
     path = checkpoint_in(cfg.resume)
-    refuse_differences(path, verify(path)["settings"], dataclasses.asdict(cfg))
+    refuse_differences(path, verify(path).get("settings", {}), dataclasses.asdict(cfg))
     return read_checkpoint(path)
 
 
@@ -83,7 +83,7 @@ def restore(cfg: Settings, run: Run, restored: Restored) -> None:
     for name, scheduler in (run.schedulers | run.plateaus).items():
         scheduler.load_state_dict(state["schedulers"][name])
     for name, optimizer in run.optimizers.items():  # after the schedulers, which may touch the groups
-        NamedOptimizer(optimizer, run.model).load_state_dict(state["optimizers"][name])
+        load_optimizer_state(optimizer, run.model, state["optimizers"][name])
     if run.scaler is not None:
         run.scaler.load_state_dict(state["scaler"])
     run.metrics.load_state_dict(state["metrics"])

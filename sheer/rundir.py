@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import platform
-import secrets
 import subprocess
 import sys
 import time
@@ -69,8 +68,8 @@ def main_script() -> Path:
     return Path(main) if main else Path("interactive")
 
 
-def run_record(path: Path, cfg: Settings, hparams: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return the `run.json` of a new run, or that of the run in `path` that goes on, with this start added. Nothing is written.
+def run_record(path: Path, cfg: Settings, hparams: Mapping[str, Any], seed: int, run_id: str) -> dict[str, Any]:
+    """Return the `run.json` of a new run, which gets this id, or that of the run in `path` that goes on, with this start added. Nothing is written.
 
     Raises:
         RunError: the folder holds a run and `resume` is not set; or what may not differ differs; or it is no folder.
@@ -87,7 +86,7 @@ def run_record(path: Path, cfg: Settings, hparams: Mapping[str, Any], seed: int)
         warn_of_differences(path, record, plain(hparams), seed)
     else:
         record = {
-            "id": secrets.token_hex(4),
+            "id": run_id,
             "seed": seed,
             "settings": settings,
             "hparams": plain(hparams),

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sheer.checkpoint.codec import encode
-from sheer.checkpoint.optimizer import NamedOptimizer
+from sheer.checkpoint.optimizer import optimizer_state
 from sheer.checkpoint.store import committed, prune, ranked, write_checkpoint
 from sheer.errors import NonFiniteError, RunError
 from sheer.random import random_state
@@ -54,7 +54,7 @@ def state_of(run: Run) -> dict[str, Any]:
     return {
         "progress": {**run.progress.state_dict(), "seconds": run.seconds},
         "scheduled_steps": run.scheduled_steps,
-        "optimizers": {name: NamedOptimizer(o, run.model).state_dict() for name, o in run.optimizers.items()},
+        "optimizers": {name: optimizer_state(o, run.model) for name, o in run.optimizers.items()},
         "schedulers": {name: scheduler.state_dict() for name, scheduler in schedulers.items()},
         "scheduler_classes": {name: type(scheduler).__name__ for name, scheduler in schedulers.items()},
         "scaler": run.scaler.state_dict() if run.scaler is not None else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,10 +21,8 @@ from sheer.build import (
     build_scheduler,
     built_by_function,
     check_parameters,
-    make_compute,
     parameters_of,
     place_model,
-    resolve_device,
     takes_step_number,
 )
 from sheer.checks import check_can_be_saved, check_length_of_schedules, check_start
@@ -31,7 +30,7 @@ from sheer.console import Console
 from sheer.data.choose import check_loader, make_source
 from sheer.data.feed import TrainingData
 from sheer.errors import SettingsError
-from sheer.evaluation import Evaluation, named_loaders
+from sheer.evaluation import Compute, Evaluation, named_loaders
 from sheer.events import RunInfo, events_of, named
 from sheer.loggers.base import Loggers, check_loggers
 from sheer.loggers.jsonl import JSONL
@@ -42,9 +41,8 @@ from sheer.rundir import as_mapping, choose_run_dir, run_record
 from sheer.settings import Settings
 
 
-def training_data(cfg: Settings, loader: Any, *, resume_by_skipping: bool = False) -> TrainingData:
+def training_data(cfg: Settings, compute: Compute, loader: Any, resume_by_skipping: bool = False) -> TrainingData:
     """Return what the steps train on, as the settings limit and group it."""
-    compute = make_compute(cfg.precision, resolve_device(cfg.device))
     check_loader(loader, "The training loader", passes=cfg.max_epochs or 1)
     source = make_source(
         loader,
@@ -74,6 +72,7 @@ def count_steps(cfg: Settings, data: TrainingData | None) -> int | None:
 def start_run(
     cfg: Settings,
     plugins: Plugins,
+    compute: Compute,
     model: nn.Module,
     optimizers: Mapping[str, Optimizer | Callable[[nn.Module], Optimizer]],
     schedulers: Mapping[str, Any],
@@ -91,7 +90,6 @@ def start_run(
     check_loggers(plugins.loggers)
     check_start(cfg, plugins, model)
     hparams = as_mapping(plugins.hparams)
-    compute = make_compute(cfg.precision, resolve_device(cfg.device))
     set_backends(cfg)
     place_model(model, compute)
     steps = count_steps(cfg, data)
@@ -109,10 +107,9 @@ def start_run(
             'ReduceLROnPlateau follows the monitored metric, and monitor is not set. Set monitor="val/loss", say.'
         )
     directory = Path(tempfile.mkdtemp(prefix="sheer-dev-run-")) if cfg.fast_dev_run else choose_run_dir(cfg)
-    record = run_record(directory, cfg, hparams, torch.initial_seed())
     restored = find_checkpoint(cfg, directory / "checkpoints")
-    if restored is not None and cfg.resume == "auto":
-        record["id"] = restored.run_id
+    run_id = restored.run_id if restored is not None and cfg.resume == "auto" else secrets.token_hex(4)
+    record = run_record(directory, cfg, hparams, torch.initial_seed(), run_id)
     parameters = parameters_of(model, built)
     run = Run(
         model=model,

@@ -29,7 +29,7 @@ from torch.utils.data import (
 )
 
 import sheer
-from sheer.checkpoint.optimizer import NamedOptimizer
+from sheer.checkpoint.optimizer import optimizer_state
 from tests.task import assert_same, dataset, loader, model, step, trainer
 
 
@@ -79,7 +79,7 @@ def run(
         del line["time"]
     return {
         "weights": net.state_dict(),
-        "optimizer": NamedOptimizer(optimizer, net).state_dict(),
+        "optimizer": optimizer_state(optimizer, net),
         "scheduler": scheduler.state_dict() if scheduler else None,
         "lines": lines,
         "torch": torch.get_rng_state(),

@@ -72,7 +72,7 @@ def test_1_the_logged_loss_is_that_of_the_whole_batch() -> None:
         [json.loads(line)["train/loss"] for line in Path(name, "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "parts")
     )
-    assert parts_ == pytest.approx(whole, rel=1e-12)
+    assert parts_ == pytest.approx(whole, rel=1e-12, nan_ok=True)  # the last step of an epoch has no positives
 
 
 @pytest.mark.parametrize("step", [loss_step, positives_only])

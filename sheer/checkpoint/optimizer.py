@@ -26,74 +26,71 @@ def is_plain(value: Any) -> bool:
     )
 
 
-class NamedOptimizer:
-    """An optimizer whose `state_dict` speaks of parameters by name."""
+def names_of(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """Return the names of an optimizer's parameters, in its own order; those outside the model are numbered."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [known.get(id(parameter), f"#{index}") for index, parameter in enumerate(parameters)]
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
-        self.optimizer, self.model = optimizer, model
 
-    def _names(self) -> list[str]:
-        """Return the names of the optimizer's parameters, in its own order; those outside the model are numbered."""
-        known = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        return [known.get(id(parameter), f"#{index}") for index, parameter in enumerate(parameters)]
+def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return the state of each parameter, and the groups, both by name."""
+    names, state = names_of(optimizer, model), optimizer.state_dict()
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
+    return {
+        "class": type(optimizer).__name__,
+        "options": options_of(optimizer),
+        "state": {names[index]: values for index, values in state["state"].items()},
+        "groups": groups,
+    }
 
-    def _grouped(self, names: list[str]) -> list[list[str]]:
-        """Return names, in the order of `_names`, group by group."""
-        following = iter(names)
-        return [[next(following) for _ in group["params"]] for group in self.optimizer.param_groups]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of each parameter, and the groups, both by name."""
-        names, state = self._names(), self.optimizer.state_dict()
-        groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
-        return {
-            "class": type(self.optimizer).__name__,
-            "options": self._options(),
-            "state": {names[index]: values for index, values in state["state"].items()},
-            "groups": groups,
-        }
+def options_of(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the options that an optimizer was built with, without those that choose an implementation."""
+    options = {name: plain_number(value) for name, value in optimizer.defaults.items()}
+    return {name: value for name, value in options.items() if name not in IMPLEMENTATION and is_plain(value)}
 
-    def _options(self) -> dict[str, Any]:
-        """Return the options that the optimizer was built with, without those that choose an implementation."""
-        options = {name: plain_number(value) for name, value in self.optimizer.defaults.items()}
-        return {name: value for name, value in options.items() if name not in IMPLEMENTATION and is_plain(value)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned.
+def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+    """Take back what `optimizer_state` returned.
 
-        Raises:
-            RunError: it is another optimizer, has other options, or its groups hold other parameters than those that were saved.
-        """
-        if state["class"] != type(self.optimizer).__name__:
-            raise RunError(
-                f"The optimizer that was saved is {state['class']}, and this one is {type(self.optimizer).__name__}: its state means nothing here. "
-                "Build the same optimizer, or start a new run and take the weights with sheer.load_weights."
-            )
-        options = self._options()
-        differing = [
-            f"  {name}: {value!r} then, {options[name]!r} now"
-            for name, value in state["options"].items()
-            if name in options and options[name] != value
-        ]
-        if differing:
-            raise RunError(
-                "The optimizer that was saved was built with other options, which would be put back in place of these:\n"
-                + "\n".join(differing)
-                + "\nPut them back, or start a new run and take the weights with sheer.load_weights."
-            )
-        names = self._names()
-        index_of = {name: index for index, name in enumerate(names)}
-        own = [sorted(names_of_group) for names_of_group in self._grouped(names)]
-        saved = [sorted(group["params"]) for group in state["groups"]]
-        if own != saved:
-            here, there = set(names), {name for group in saved for name in group}
-            raise RunError(
-                f"The optimizer that was saved had {len(saved)} parameter groups of {[len(group) for group in saved]} parameters, this one has "
-                f"{len(own)} of {[len(group) for group in own]}. Only in this one: {sorted(here - there)[:5]}; only in the saved one: {sorted(there - here)[:5]}."
-            )
-        groups = []
-        for now, group in zip(self.optimizer.state_dict()["param_groups"], state["groups"], strict=True):
-            groups.append({**group, "params": now["params"]})
-        values = {index_of[name]: value for name, value in state["state"].items()}
-        self.optimizer.load_state_dict({"state": values, "param_groups": groups})
+    Raises:
+        RunError: it is another optimizer, has other options, or its groups hold other parameters than those that were saved.
+    """
+    names = names_of(optimizer, model)
+    refuse_another_optimizer(optimizer, names, state)
+    index_of = {name: index for index, name in enumerate(names)}
+    own_groups = optimizer.state_dict()["param_groups"]
+    groups = [{**saved, "params": own["params"]} for own, saved in zip(own_groups, state["groups"], strict=True)]
+    values = {index_of[name]: value for name, value in state["state"].items()}
+    optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
+def refuse_another_optimizer(optimizer: Optimizer, names: list[str], state: dict[str, Any]) -> None:
+    """Raise `RunError` where an optimizer, whose parameters have these names, is not the one that was saved."""
+    if state["class"] != type(optimizer).__name__:
+        raise RunError(
+            f"The optimizer that was saved is {state['class']}, and this one is {type(optimizer).__name__}: its state means nothing here. "
+            "Build the same optimizer, or start a new run and take the weights with sheer.load_weights."
+        )
+    options = options_of(optimizer)
+    differing = [
+        f"  {name}: {value!r} then, {options[name]!r} now"
+        for name, value in state["options"].items()
+        if name in options and options[name] != value
+    ]
+    if differing:
+        raise RunError(
+            "The optimizer that was saved was built with other options, which would be put back in place of these:\n"
+            + "\n".join(differing)
+            + "\nPut them back, or start a new run and take the weights with sheer.load_weights."
+        )
+    following = iter(names)
+    own = [sorted(next(following) for _ in group["params"]) for group in optimizer.param_groups]
+    saved = [sorted(group["params"]) for group in state["groups"]]
+    if own != saved:
+        here, there = set(names), {name for group in saved for name in group}
+        raise RunError(
+            f"The optimizer that was saved had {len(saved)} parameter groups of {[len(group) for group in saved]} parameters, this one has "
+            f"{len(own)} of {[len(group) for group in own]}. Only in this one: {sorted(here - there)[:5]}; only in the saved one: {sorted(there - here)[:5]}."
+        )

@@ -128,7 +128,7 @@ def _mix(values: Words) -> Words:
 
 def permutation(size: int, seed: int, epoch: int) -> _Order | _IndexedOrder:
     """Return the order of `size` samples in `epoch`, to be sliced. It depends on nothing but the three numbers."""
-    mixed = mix_seed(seed, epoch)
+    mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
     if size > INDEXED_ABOVE:
         return _IndexedOrder(size, mixed)
     generator = torch.Generator().manual_seed(mixed)

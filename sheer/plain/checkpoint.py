@@ -1,0 +1,117 @@
+"""Checkpoints: written whole or not at all, found, checked and pruned."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sheer.checkpoint.store import Saved, ranked
+
+
+def plain_write_checkpoint(
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint; it counts once its manifest, which has the size and hash of every file, is renamed into place."""
+    path = directory / f"step-{step:08d}"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    for name, group in tensors.items():
+        copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in group.items()}
+        save_file(copies, path / f"{name}.safetensors")
+    for name, content in texts.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    files = {}
+    for file in sorted(path.iterdir()):
+        with file.open("rb+") as stream:
+            os.fsync(stream.fileno())
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        files[file.name] = {"size": file.stat().st_size, "sha256": digest}
+    manifest = {"format": 1, "step": step, "torch": torch.__version__, **facts, "files": files}
+    with (path / "manifest.tmp").open("w") as out:
+        json.dump(manifest, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    (path / "manifest.tmp").rename(path / "manifest.json")
+    return path
+
+
+def plain_committed(directory: Path) -> list[Saved]:
+    """Return the checkpoints in a folder, oldest first."""
+    manifests = [(path.parent, json.loads(path.read_text())) for path in sorted(directory.glob("step-*/manifest.json"))]
+    return [Saved(path, manifest["step"], manifest["metrics"], manifest) for path, manifest in manifests]
+
+
+def plain_newest_good(directory: Path) -> Path | None:
+    """Return the newest checkpoint whose files are as they were written."""
+    for saved in reversed(plain_committed(directory)):
+        files = saved.manifest["files"]
+        if all(
+            hashlib.sha256((saved.path / name).read_bytes()).hexdigest() == f["sha256"] for name, f in files.items()
+        ):
+            return saved.path
+    return None
+
+
+def plain_prune(directory: Path, step: int, *, keep_last: int, keep_best: int, monitor: str | None, mode: str) -> None:
+    """Point `last` and `best` at the newest and the best checkpoint, and delete what is neither among the last nor the best."""
+    found = plain_committed(directory)
+    saves = [saved for saved in found if saved.step <= step]  # a later one was found damaged, and counts for nothing
+    best = ranked(saves, monitor, mode)[:keep_best]
+    kept = {saved.path for saved in [*saves[-keep_last:], *best]}
+    for name, target in [("last", saves[-1]), *(("best", saved) for saved in best[:1])]:
+        (directory / f".{name}").unlink(missing_ok=True)
+        (directory / f".{name}").symlink_to(target.path.name)
+        (directory / f".{name}").rename(directory / name)
+    for saved in found:
+        if saved.path not in kept:
+            (saved.path / "manifest.json").unlink()
+            shutil.rmtree(saved.path)
+
+
+def plain_encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """Return a value as JSON; the tensors in it go into `tensors`, named by their path."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        tensors[path] = torch.as_tensor(value).detach()
+        return {"$tensor": path}
+    if isinstance(value, dict):
+        items = {key: plain_encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
+        return (
+            items if all(isinstance(key, str) for key in items) else {"$dict": [list(pair) for pair in items.items()]}
+        )
+    if isinstance(value, (list, tuple)):
+        parts = [plain_encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
+        return parts if isinstance(value, list) else {"$tuple": parts}
+    return {"$float": repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plain_decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return what `encode` was given."""
+    match value:
+        case list():
+            return [plain_decode(item, tensors) for item in value]
+        case {"$tensor": name}:
+            return tensors[name]
+        case {"$tuple": parts}:
+            return tuple(plain_decode(part, tensors) for part in parts)
+        case {"$dict": pairs}:
+            return {key: plain_decode(item, tensors) for key, item in pairs}
+        case {"$float": text}:
+            return float(text)
+        case dict():
+            return {key: plain_decode(item, tensors) for key, item in value.items()}
+    return value

@@ -1,0 +1,104 @@
+"""The folder of a run, and what is written to it and shown while it trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from sheer.metrics import Media
+from sheer.run import Run
+from sheer.signals import EXIT_STATUS
+
+
+def plain_log(run: Run, step: int, metrics: Mapping[str, float]) -> None:
+    """Append a line to metrics.jsonl, and tell the loggers."""
+    with (run.info.run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+    for logger in run.loggers.loggers:
+        logger.log(step, metrics)
+
+
+def plain_log_media(run: Run, step: int, media: Mapping[str, Media]) -> None:
+    """Hand pictures and texts to the loggers that show them."""
+    for logger in run.loggers.loggers:
+        if hasattr(logger, "log_media"):
+            logger.log_media(step, media)
+
+
+def plain_console_log(step: int, metrics: Mapping[str, float]) -> None:
+    """Print metrics in a line."""
+    print(f"step {step:,} · " + " · ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
+
+
+def plain_logger_states(run: Run) -> dict[str, Any]:
+    """Return how long metrics.jsonl is, and the states of the loggers."""
+    size = (run.info.run_dir / "metrics.jsonl").stat().st_size
+    states_by_name = {
+        type(logger).__name__: logger.state_dict() for logger in run.loggers.loggers if hasattr(logger, "state_dict")
+    }
+    return {"JSONL": {"run": run.info.run_id, "size": size}, **states_by_name}
+
+
+def plain_load_loggers(run: Run, states: Mapping[str, Any]) -> None:
+    """Cut metrics.jsonl back to where it was, and give the loggers their states."""
+    os.truncate(run.info.run_dir / "metrics.jsonl", states["JSONL"]["size"])
+    for logger in run.loggers.loggers:
+        if hasattr(logger, "load_state_dict") and type(logger).__name__ in states:
+            logger.load_state_dict(states[type(logger).__name__])
+
+
+@contextmanager
+def plain_session(run: Run) -> Iterator[None]:
+    """Open the loggers, and close them whatever happens."""
+    for logger in run.loggers.loggers:
+        logger.start(run.info)
+    try:
+        yield
+    except BaseException as error:
+        for callback in run.events.exception:
+            callback.on_exception(error)
+        raise
+    finally:
+        for logger in run.loggers.loggers:
+            logger.close()
+
+
+def plain_run_dir(name: str) -> Path:
+    """Return a folder for a run, named by the time."""
+    return Path("runs") / name / time.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+class PlainStopSignals:
+    """While entered, Ctrl-C and SIGTERM are remembered in `received`; the second leaves at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> PlainStopSignals:
+        self.before = {n: signal.signal(n, self.take) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal."""
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def plain_leave(signals: PlainStopSignals) -> None:
+    """End the process if it was told to; a scheduler may start it again."""
+    if signals.received is not None:
+        raise SystemExit(EXIT_STATUS)
