@@ -39,7 +39,7 @@ class Compute:
 class Evaluation:
     """What `evaluate` is to do: which step over which loaders, and what its metrics are called."""
 
-    step: Callable[..., Any]
+    step_function: Callable[..., Any]
     loaders: Any  # one loader, or a mapping of names to loaders
     prefix: str  # "val" or "test"
     limit: int | float | None = None  # batches of each loader, or a share of them
@@ -49,41 +49,51 @@ class Evaluation:
 def evaluate(
     model: nn.Module, evaluation: Evaluation, compute: Compute, events: Events, step: int, media: dict[str, Media]
 ) -> dict[str, float]:
-    """Run the evaluation's step over all of its batches, and put the pictures and texts that it returns into `media`.
-
-    Returns:
-        the weighted means as `val/<name>`, or `val/<loader>/<name>` where there are several loaders.
-    """
-    means: dict[str, float] = {}
+    """Return the weighted means of what the step returns, over all batches."""
     with eval_mode(model, events):
-        for loader_name, loader in named_loaders(evaluation.loaders):
-            metrics = Metrics()
-            where = _Place(evaluation.prefix, loader_name)
-            with (
-                where,
-                closing(counted_batches(loader, evaluation.limit)) as batches,
-            ):  # on an error too, so that workers end now
-                for batch, samples in batches:
-                    where.batch = batch
-                    batch = compute.prepared(batch)
-                    with torch.no_grad(), compute.autocast:
-                        output = (
-                            evaluation.step(model, batch, step)
-                            if evaluation.numbered
-                            else evaluation.step(model, batch)
-                        )
-                    metrics.add(output, samples)
-            prefix = f"{evaluation.prefix}/{loader_name}"
-            means.update({prefix + name: value for name, value in metrics.read().items()})
-            media.update({prefix + name: value for name, value in metrics.take_media().items()})
-    return means
+        # Several loaders give names such as val/<loader>/<name>; pictures and texts go into `media`.
+        means = [
+            evaluate_loader(model, evaluation, compute, loader, f"{evaluation.prefix}/{loader_name}", step, media)
+            for loader_name, loader in named_loaders(evaluation.loaders)
+        ]
+    return {name: value for part in means for name, value in part.items()}
+
+
+def evaluate_loader(
+    model: nn.Module,
+    evaluation: Evaluation,
+    compute: Compute,
+    loader: Any,
+    prefix: str,
+    step: int,
+    media: dict[str, Media],
+) -> dict[str, float]:
+    """Run the evaluation's step over the batches of one loader; its metrics are called `<prefix><name>`."""
+    metrics = Metrics()
+    where = _Place(prefix)
+    with (
+        where,
+        closing(counted_batches(loader, evaluation.limit)) as batches,
+    ):  # on an error too, so that workers end now
+        for batch, samples in batches:
+            where.batch = batch
+            batch = compute.prepared(batch)
+            with torch.no_grad(), compute.autocast:
+                output = (
+                    evaluation.step_function(model, batch, step)
+                    if evaluation.numbered
+                    else evaluation.step_function(model, batch)
+                )
+            metrics.add(output, samples)
+    media.update({prefix + name: value for name, value in metrics.take_media().items()})
+    return {prefix + name: value for name, value in metrics.read().items()}
 
 
 class _Place:
     """Adds to an error which loader it was evaluated on, and the batch."""
 
-    def __init__(self, prefix: str, loader_name: str) -> None:
-        self.what = f"{prefix}/{loader_name}".strip("/")
+    def __init__(self, prefix: str) -> None:
+        self.what = prefix.strip("/")
         self.batch: Any = None
 
     def __enter__(self) -> None:

@@ -31,20 +31,20 @@ def fit(
     cfg: Settings,
     plugins: Plugins,
     model: nn.Module,
-    step: Step,
+    step_function: Step,
     train_loader: Any,
     val_loader: Any,
-    eval_step: Step,
+    eval_function: Step,
     optimizer: Optimizer | Callable[[nn.Module], Optimizer],
     scheduler: Any,
     resume_by_skipping: bool,
 ) -> Run:
-    """Train until a duration is over, a callback stops the run, or a signal does."""
+    """Train the model."""
     compute = make_compute(cfg.precision, resolve_device(cfg.device))
     train = training_data(cfg, compute, train_loader, resume_by_skipping)
-    validation = evaluation_of(cfg, model, eval_step, val_loader)
+    validation = evaluation_of(cfg, model, eval_function, val_loader)
     refuse_unfollowed(cfg, validation, scheduler)
-    numbered = takes_step_number(step, model=model)
+    numbered = takes_step_number(step_function, model=model)
     optimizers, schedulers = {"optimizer": optimizer}, {"optimizer": scheduler}
     run, restored = start_run(cfg, plugins, compute, model, optimizers, schedulers, train)
     progress, optimizer, scheduler = run.progress, run.optimizers["optimizer"], run.schedulers.get("optimizer")
@@ -57,9 +57,9 @@ def fit(
         begin(cfg, run, validation)
         for batch in train.steps(progress, restore_random):
             begin_step(run, batch)
-            backward(cfg, run, step, numbered, batch)
+            backward(cfg, run, step_function, numbered, batch)
             apply(cfg, run, optimizer, scheduler)
-            if end_step(cfg, run, batch, validation, signals):
+            if end_step(cfg, run, batch, train.at_end, validation, signals):
                 break
         finish(cfg, run, validation)
     leave_if_told(run, signals)
@@ -95,32 +95,34 @@ def end_step(
     cfg: Settings,
     run: Run,
     batch: StepBatch | None,
+    epoch_ended: bool,
     validation: Evaluation | None,
     signals: StopSignals,
     told: str | None = None,
 ) -> bool:
-    """Count what was trained on, then do what is due: log, validate, tell the callbacks, save.
+    """Count what was trained on, then do what is due: log, validate, tell the callbacks, save. Returns whether this step was the last.
 
-    Args:
-        told: why this step is to be the last, if that was decided in it.
-
-    Returns:
-        whether this step was the last.
+    `told` says why it is to be the last, if that was decided in it.
     """
     progress = run.progress
-    epoch_ended = count_batches(run, batch)
-    stop = duration_over(cfg, run) or told
+    count_batches(run, batch, epoch_ended)
+    stop = duration_over(cfg, run)
+    if told is not None and stop is None:
+        stop = told
 
     if stop is not None or progress.step % cfg.log_every_n_steps == 0:
         log_training(cfg, run)
     if validation is not None and (stop is not None or validation_is_due(cfg, progress.step, epoch_ended)):
-        stop = validate(cfg, run, validation) or stop
+        by_validation = validate(cfg, run, validation)
+        stop = by_validation or stop
     for callback in run.events.step_end:
         stop = callback.on_step_end(progress.step, run.model) or stop
     if epoch_ended:
-        stop = end_epoch(cfg, run) or stop
+        by_epoch = end_epoch(cfg, run)
+        stop = by_epoch or stop
 
-    stop = stop or signals.received
+    if signals.received is not None and stop is None:
+        stop = signals.received
     if stop is not None:
         progress.stopped_by = stop
         return True
@@ -131,16 +133,15 @@ def end_step(
     return False
 
 
-def count_batches(run: Run, batch: StepBatch | None) -> bool:
-    """Count what a step was trained on. Returns whether an epoch ended with it."""
-    progress, epoch_ended = run.progress, run.data is not None and run.data.at_end
+def count_batches(run: Run, batch: StepBatch | None, epoch_ended: bool) -> None:
+    """Count what a step was trained on."""
+    progress = run.progress
     for _, samples in batch or ():
         progress.batch += 1
         progress.samples += samples
     if epoch_ended:
         progress.epoch += 1
         progress.batch = 0
-    return epoch_ended
 
 
 def end_epoch(cfg: Settings, run: Run) -> str | None:
@@ -158,12 +159,12 @@ def log_training(cfg: Settings, run: Run) -> None:
     """Read what the steps since the last log point returned, and hand it to the loggers. The host waits for the device here."""
     if cfg.nonfinite == "raise":
         run.watch.check()
-    metrics = {f"train/{name}": value for name, value in run.metrics.read().items()}
+    logged = {f"train/{name}": value for name, value in run.metrics.read().items()}
     for callback in run.events.log:
-        metrics.update(callback.on_log(run.progress.step, metrics) or {})
+        logged.update(callback.on_log(run.progress.step, logged) or {})
     if run.progress.validated_at < 0:
-        run.progress.metrics = metrics
-    report(run, metrics)
+        run.progress.metrics = logged
+    report(run, logged)
     media = {f"train/{name}": value for name, value in run.metrics.take_media().items()}
     run.loggers.log_media(run.progress.step, media)
 
@@ -172,21 +173,22 @@ def validate(cfg: Settings, run: Run, validation: Evaluation) -> str | None:
     """Validate, report it, and tell the schedulers and callbacks that follow it. Returns why the run is to stop, or None."""
     set_aside = run.metrics.set_aside()
     media: dict[str, Media] = {}
-    metrics = evaluate(run.model, validation, run.compute, run.events, run.progress.step, media)
+    measured = evaluate(run.model, validation, run.compute, run.events, run.progress.step, media)
     put_back(set_aside)
-    check_monitor(cfg, run, metrics)
-    run.progress.metrics, run.progress.validated_at = metrics, run.progress.step
-    report(run, metrics)
+    check_monitor(cfg, run, measured)
+    run.progress.metrics = measured
+    run.progress.validated_at = run.progress.step
+    report(run, measured)
     run.loggers.log_media(run.progress.step, media)
 
     for plateau in run.plateaus.values():
-        plateau.step(metrics[cfg.monitor or ""])
+        plateau.step(measured[cfg.monitor or ""])
     if cfg.scheduler_interval == "validation":
         for scheduler in run.schedulers.values():
             scheduler.step()
     stop = None
     for callback in run.events.validation_end:
-        stop = callback.on_validation_end(run.progress.step, metrics) or stop
+        stop = callback.on_validation_end(run.progress.step, measured) or stop
     return stop
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -145,7 +146,9 @@ class Metrics:
 
     def read(self) -> dict[str, float]:
         """Return the weighted means of all that was added, and forget it. The one place where the host waits for the device."""
-        means = {name: total / count if count else float("nan") for name, (total, count) in self._read_sums().items()}
+        means = {
+            name: sum(totals) / (sum(counts) or math.nan) for name, (totals, counts) in self._read_columns().items()
+        }
         for name, metric in self._computed.items():
             means.update(_computed_values(name, metric.compute()))
             metric.reset()
@@ -172,12 +175,13 @@ class Metrics:
     def __bool__(self) -> bool:
         return bool(self._sums or self._computed)
 
-    def _read_sums(self) -> dict[str, tuple[float, float]]:
-        sums: dict[str, tuple[float, float]] = {}
+    def _read_columns(self) -> dict[str, tuple[list[float], list[float]]]:
+        columns: dict[str, tuple[list[float], list[float]]] = {}
         for name, entry, total, count in self._rows():
-            before_total, before_count = sums.get(name, (0.0, 0.0))
-            sums[name] = (before_total + (total * count if entry.weighted else total), before_count + count)
-        return sums
+            totals, counts = columns.setdefault(name, ([], []))
+            totals.append(total * count if entry.weighted else total)
+            counts.append(count)
+        return columns
 
     def _rows(self) -> list[tuple[str, _Sum, float, float]]:
         """Return all values with their counts on the host, in one transfer a device."""

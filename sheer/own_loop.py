@@ -93,9 +93,10 @@ def own_steps(
                     else:
                         yield batch if cfg.accumulate_grad_batches > 1 else batch[0][0]
                 except GeneratorExit:  # a break: this step was made too
-                    count_batches(run, batch)
+                    count_batches(run, batch, train is not None and train.at_end)
                     raise
-                if end_step(cfg, run, batch, None, signals, progress.stopped_by):
+                epoch_ended = train is not None and train.at_end
+                if end_step(cfg, run, batch, epoch_ended, None, signals, progress.stopped_by):
                     break
         finally:
             run.in_steps = False

@@ -96,9 +96,8 @@ def start_run(
     built = {name: build_optimizer(model, optimizer) for name, optimizer in optimizers.items()}
     check_parameters(model, built)
     scheduled = {name: build_scheduler(s, built[name], steps) for name, s in schedulers.items() if s is not None}
-    if (
-        not model.training
-    ):  # as from_pretrained leaves it; parts that were set to eval by hand stay so in a model in train mode
+    # As from_pretrained leaves it; parts that were set to eval by hand stay so in a model in train mode.
+    if not model.training:
         model.train()
     if cfg.compile:
         model.compile(mode=None if cfg.compile is True else cfg.compile)
@@ -122,11 +121,9 @@ def start_run(
         unused=set(parameters),
         events=events,
         callbacks=named(plugins.callbacks),
-        averaging=next((callback for callback in plugins.callbacks if hasattr(callback, "averages")), None),
-        loggers=Loggers(
-            [] if cfg.fast_dev_run else [JSONL(), *(x for x in plugins.loggers if not isinstance(x, Console))]
-        ),
-        console=next((logger for logger in plugins.loggers if isinstance(logger, Console)), None) or Console(),
+        averaging=averaging_of(plugins),
+        loggers=loggers_of(cfg, plugins),
+        console=console_of(plugins),
         info=RunInfo(
             run_id=record["id"],
             run_dir=directory,
@@ -142,7 +139,7 @@ def start_run(
         ),
         record=record,
         total_steps=steps,
-        scheduled_steps=steps if any(built_by_function(s) for s in schedulers.values()) else None,
+        scheduled_steps=steps if are_made_here(schedulers) else None,
         data=data,
     )
     if run.scaler is not None:
@@ -153,6 +150,28 @@ def start_run(
     check_length_of_schedules(cfg, run)
     announce(cfg, run, restored)
     return run, restored
+
+
+def averaging_of(plugins: Plugins) -> Any | None:
+    """Return the callback whose averages evaluation uses, if there is one."""
+    return next((callback for callback in plugins.callbacks if hasattr(callback, "averages")), None)
+
+
+def are_made_here(schedulers: Mapping[str, Any]) -> bool:
+    """Whether a scheduler is made by a function that gets the number of steps."""
+    return any(built_by_function(scheduler) for scheduler in schedulers.values())
+
+
+def loggers_of(cfg: Settings, plugins: Plugins) -> Loggers:
+    """Return all loggers of a run; the console is told by itself."""
+    others = [logger for logger in plugins.loggers if not isinstance(logger, Console)]
+    return Loggers([] if cfg.fast_dev_run else [JSONL(), *others])
+
+
+def console_of(plugins: Plugins) -> Console:
+    """Return the console that was given, or one of our own."""
+    given = [logger for logger in plugins.loggers if isinstance(logger, Console)]
+    return given[0] if given else Console()
 
 
 def evaluation_of(

@@ -22,8 +22,8 @@ MAX_SKIPPED = 100  # steps in a row that `nonfinite="skip"` may leave out
 _TINY = 1e-12  # stands for a count of 0, so that a batch in which nothing counts gives a gradient of 0
 
 
-def backward(cfg: Settings, run: Run, step: Step, numbered: bool, batch: StepBatch, prefix: str = "") -> Any:
-    """Run `step` forward and backward over the micro-batches of one step, and add what it returns to the metrics.
+def backward(cfg: Settings, run: Run, step_function: Step, numbered: bool, batch: StepBatch, prefix: str = "") -> Any:
+    """Run a step forward and backward over the micro-batches of one step, and add what it returns to the metrics.
 
     The gradient is sum(weight x mean) / sum(weights). A scalar loss is the mean over its micro-batch and weighs by its samples,
     which are known beforehand. The weights of `Mean`s are on the device: their sum divides the gradients once, behind the last.
@@ -37,8 +37,8 @@ def backward(cfg: Settings, run: Run, step: Step, numbered: bool, batch: StepBat
     counts: list[Number] = []
     for part, samples in parts:
         with run.compute.autocast:
-            output = step(run.model, part, run.progress.step) if numbered else step(run.model, part)
-        loss = output if isinstance(output, (Tensor, Mean)) else loss_in(step, output)
+            output = step_function(run.model, part, run.progress.step) if numbered else step_function(run.model, part)
+        loss = output if isinstance(output, (Tensor, Mean)) else loss_in(step_function, output)
         if isinstance(loss, Mean) and len(parts) == 1:
             loss = loss.total / nonzero(loss.count)
         elif isinstance(loss, Mean):
@@ -47,7 +47,7 @@ def backward(cfg: Settings, run: Run, step: Step, numbered: bool, batch: StepBat
         elif len(parts) > 1 and samples != total and isinstance(loss, Tensor):
             loss = loss * (samples / total)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise StepError(no_loss(step, output))
+            raise StepError(no_loss(step_function, output))
         if run.scaler is not None:
             run.scaler.scale(loss).backward()
         else:

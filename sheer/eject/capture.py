@@ -5,13 +5,16 @@ Run as `python -m sheer.eject.capture FACTS SCRIPT [ARGUMENTS]`; `capture` does 
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import os
+import re
 import runpy
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -103,6 +106,7 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any]) -> Facts:
 
     from sheer.build import takes_step_number
     from sheer.data.choose import make_source
+    from sheer.events import named
 
     model, scheduler, optimizer = arguments.get("model"), arguments.get("scheduler"), arguments.get("optimizer")
     steps = {name: arguments[name] for name in ("step", "eval_step") if arguments.get(name) is not None}
@@ -113,6 +117,10 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any]) -> Facts:
     if scheduler is not None and not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
         functions.append("scheduler")
     source = make_source(loader, seed=0, device=trainer.device) if loader is not None else None
+    structures = {structure_of(each) for each in (loader, *values_of(val_loader)) if each is not None}
+    callbacks = list(trainer.plugins.callbacks)
+    labels = labels_of([*callbacks, *trainer.plugins.loggers])
+    state_names = {id(callback): name for name, callback in named(callbacks).items()}
     return Facts(
         file="",
         call=Span(0, 0, 0, 0),
@@ -120,20 +128,90 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any]) -> Facts:
         trainer=Span(0, 0, 0, 0),
         kind=kind,
         settings=dataclasses.asdict(trainer.settings),
-        callbacks=tuple(_plugin(callback) for callback in trainer.plugins.callbacks),
-        loggers=tuple(_plugin(logger) for logger in trainer.plugins.loggers),
+        callbacks=tuple(_plugin(c, labels.pop(0), state_names.get(id(c), "")) for c in callbacks),
+        loggers=tuple(_plugin(logger, labels.pop(0), "") for logger in trainer.plugins.loggers),
         none=tuple(name for name in ("val_loader", "eval_step", "scheduler") if arguments.get(name) is None),
         functions=tuple(functions),
         plateau=isinstance(scheduler, ReduceLROnPlateau),
         numbered=tuple(name for name, step in steps.items() if takes_step_number(step, model=model)),
+        is_training=model is not None and model.training,
         has_hparams=trainer.plugins.hparams is not None,
-        loader=type(source).__name__ if source is not None else "",
-        workers=getattr(loader, "num_workers", 0),
+        plain_data=is_plain_data(loader, type(source).__name__, trainer.settings),
+        batch=structures.pop() if len(structures) == 1 else "",
+        returns="Mapping" if all(map(returns_mapping, steps.values())) else "",
+        uses=("computed",) if keeps_metrics() else (),
         val_names=tuple(val_loader) if isinstance(val_loader, dict) else None,
     )
 
 
-def _plugin(value: object) -> Plugin:
+def values_of(loaders: Any) -> list[Any]:
+    """Return loaders one by one."""
+    return list(loaders.values()) if isinstance(loaders, dict) else [loaders]
+
+
+def structure_of(loader: Any) -> str:
+    """Return what the batches of a loader are: a "list" or "dict" of tensors, a "tensor", or "" for all else."""
+    from torch import Tensor
+    from torch.utils.data import DataLoader, IterableDataset
+
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return ""
+    batch = loader.collate_fn([loader.dataset[0]])
+    parts = batch.values() if type(batch) is dict else batch if type(batch) is list else [batch]
+    if not all(isinstance(part, Tensor) and part.dim() > 0 for part in parts) or not parts:
+        return ""
+    if type(batch) in (dict, list):
+        return type(batch).__name__
+    return "tensor" if isinstance(batch, Tensor) else ""
+
+
+def is_plain_data(loader: Any, source: str, settings: Any) -> bool:
+    """Whether the plain twin reads a training loader as the library does: in the shuffled default order, in this process."""
+    from torch.utils.data import RandomSampler
+
+    from sheer.data.order import INDEXED_ABOVE
+
+    return (
+        source == "GlobalOrderSource"
+        and type(loader.sampler) is RandomSampler
+        and loader.generator is loader.sampler.generator is None
+        and loader.num_workers == 0
+        and loader.batch_size is not None
+        and len(loader.dataset) <= INDEXED_ABOVE
+        and settings.limit_train_batches is None
+        and not settings.overfit_batches
+        and not settings.precision.endswith("64-true")
+        and not settings.precision.endswith("bf16-true")
+    )
+
+
+def returns_mapping(step: Any) -> bool:
+    """Whether a step function is seen to return a dict: each of its `return`s has one written out."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(step)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    returned = [node for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    return bool(returned) and all(isinstance(node.value, ast.Dict) for node in returned)
+
+
+def keeps_metrics() -> bool:
+    """Whether a step may return an object that is a metric: those of torchmetrics, or of a class of the script's own."""
+    own = vars(sys.modules["__main__"]).values()
+    kept = [value for value in own if isinstance(value, type) and hasattr(value, "compute") and hasattr(value, "reset")]
+    return "torchmetrics" in sys.modules or bool(kept)
+
+
+def labels_of(objects: list[Any]) -> list[str]:
+    """Return a variable's name for each object: that of its class."""
+    labels: list[str] = []
+    for value in objects:
+        label = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(value).__name__.strip("_")).lower()
+        labels.append(label if label not in labels else f"{label}_{len(labels) + 1}")
+    return labels
+
+
+def _plugin(value: object, label: str, state_name: str) -> Plugin:
     from sheer.events import EVENTS
 
     return Plugin(
@@ -142,6 +220,9 @@ def _plugin(value: object) -> Plugin:
         tuple(event.removeprefix("on_") for event in EVENTS if hasattr(value, event)),
         hasattr(value, "state_dict") and hasattr(value, "load_state_dict"),
         hasattr(value, "averages"),
+        type(value).__module__.split(".")[0] == "sheer",
+        label,
+        state_name,
     )
 
 

@@ -26,6 +26,9 @@ class Plugin:
     events: tuple[str, ...] = ()  # the events that it has
     has_state: bool = False
     averages: bool = False
+    is_ours: bool = False  # whether its class is the library's
+    label: str = ""  # the variable that holds it
+    state_name: str = ""  # what its state is saved under
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,12 @@ class Facts:
     plateau: bool = False  # whether the scheduler follows the monitored metric
     numbered: tuple[str, ...] = ()  # of step and eval_step those that take the step's number
     has_hparams: bool = False
-    loader: str = ""  # the class that reads the training loader
-    workers: int = 0  # of the training loader
+    is_training: bool = False  # whether the model is in train mode
     val_names: tuple[str, ...] | None = None  # of a dict of validation loaders
-    classes: tuple[str, ...] = field(default=())  # of the library's values that the script's modules speak of
+    batch: str = ""  # what a batch is: a "list" or "dict" of tensors, a "tensor"; "" for all else
+    plain_data: bool = False  # whether the training loader is one that the plain twin reads
+    returns: str = ""  # "Mapping" where the step is seen to return one
+    uses: tuple[str, ...] = field(default=())  # of "Mean", "media" and "computed" what metrics may be
 
     def to_json(self) -> str:
         """Write the facts down."""
@@ -62,7 +67,7 @@ class Facts:
             values[name] = Span(*values[name])
         for name in ("callbacks", "loggers"):
             values[name] = tuple(Plugin(**{**p, "events": tuple(p["events"])}) for p in values[name])
-        for name in ("none", "functions", "numbered", "classes"):
+        for name in ("none", "functions", "numbered", "uses"):
             values[name] = tuple(values[name])
         if values["val_names"] is not None:
             values["val_names"] = tuple(values["val_names"])

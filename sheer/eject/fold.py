@@ -26,7 +26,7 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 
 
 _READS = (
-    ast.Name, ast.Attribute, ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.BinOp,
+    ast.Name, ast.Attribute, ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Subscript, ast.Slice,
     ast.IfExp, ast.JoinedStr, ast.FormattedValue, ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop,
 )  # fmt: skip
 
@@ -42,6 +42,8 @@ class Known:
         always: classes that all that is asked about them is of, so that `isinstance` says yes.
         answers: functions whose result is known where they are called, each with what gives it for a call.
         constants: the values of names that stay, as those of settings do.
+        kinds: names with the class that they are of, and of which its subclasses are not asked about.
+        tables: the library's dicts of constants.
     """
 
     values: Mapping[str, ast.expr] = field(default_factory=dict)
@@ -50,6 +52,8 @@ class Known:
     always: Set[str] = frozenset()
     answers: Mapping[str, Callable[[ast.Call], ast.expr | None]] = field(default_factory=dict)
     constants: Mapping[str, int | float | str] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, ast.Dict] = field(default_factory=dict)
 
     def value_of(self, node: ast.expr) -> ast.expr:
         """Return the constant that a name stands for, or the node itself."""
@@ -100,6 +104,32 @@ def truth(node: ast.expr) -> bool | None:
 def is_pure(node: ast.AST) -> bool:
     """Whether an expression can be left out, or evaluated twice, without a difference: it only reads."""
     return all(isinstance(part, _READS) for part in ast.walk(node))
+
+
+_IDLE = frozenset(
+    {
+        "secrets.token_hex", "set", "len", "list", "dict", "tuple", "str", "int", "float", "bool", "next", "hasattr", "isinstance", "Path",
+        "torch.device", "torch.initial_seed", "nullcontext",
+    }
+)  # fmt: skip
+_IDLE_METHODS = frozenset({"startswith", "get", "items", "keys", "values", "copy"})
+
+
+def is_idle(node: ast.AST) -> bool:
+    """Whether an expression can be left out: what it calls does nothing but return."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Call):
+            method = part.func.attr if isinstance(part.func, ast.Attribute) else ""
+            if dotted(part.func) not in _IDLE and method not in _IDLE_METHODS:
+                return False
+        elif isinstance(part, (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)):
+            return False
+    return True
+
+
+def is_value_of_torch(node: ast.AST) -> bool:
+    """Whether an expression is an attribute of the module torch, as `torch.float32` is."""
+    return isinstance(node, ast.Attribute) and (dotted(node) or "").startswith("torch.")
 
 
 def dotted(node: ast.AST) -> str | None:
@@ -166,14 +196,14 @@ class _Folder(ast.NodeTransformer):
             return node.value is not None
         if isinstance(node, (ast.Tuple, ast.List, ast.Dict, ast.Set, ast.JoinedStr, ast.Lambda)):
             return is_pure(node)
-        return dotted(node) in self.known.present
+        return dotted(node) in self.known.present or is_value_of_torch(node)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
         self.generic_visit(node)
         decides = isinstance(node.op, ast.Or)
         values: list[ast.expr] = []
         for index, value in enumerate(node.values):
-            known = truth(value)
+            known = truth(self.known.value_of(value))
             if known is decides:
                 values.append(value)
                 break
@@ -195,13 +225,44 @@ class _Folder(ast.NodeTransformer):
             branch: ast.expr = self.visit(node.body if known else node.orelse)
             return branch
         node.body, node.orelse = self.visit(node.body), self.visit(node.orelse)
+        is_bool = isinstance(node.test, (ast.Compare, ast.UnaryOp))
+        if is_bool and is_constant(node.body, True) and is_constant(node.orelse, False):
+            return node.test
+        return node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        left, right = node.left, node.right
+        if isinstance(node.op, ast.Add) and is_constant(left, ""):
+            return right
+        if (
+            isinstance(left, ast.Constant)
+            and isinstance(right, ast.Constant)
+            and type(left.value) is type(right.value) is int
+        ):
+            if isinstance(node.op, ast.Add):
+                return ast.Constant(left.value + right.value)
+        if (
+            isinstance(node.op, ast.BitOr)
+            and isinstance(left, ast.Dict)
+            and isinstance(right, ast.Dict)
+            and None not in left.keys
+        ):
+            return ast.Dict([*left.keys, *right.keys], [*left.values, *right.values])
+        if isinstance(node.op, ast.Mult) and is_constant(left, 0) and isinstance(right, ast.Attribute):
+            return left
         return node
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         self.generic_visit(node)
-        if isinstance(node.ctx, ast.Load) and isinstance(node.slice, ast.Constant) and is_pure(node.value):
-            found = item_of(node.value, node.slice.value)
-            return found if found is not None else node
+        if isinstance(node.ctx, ast.Load) and is_pure(node.value):
+            found = None
+            if isinstance(node.slice, ast.Constant):
+                found = item_of(node.value, node.slice.value)
+            elif isinstance(node.slice, ast.Name) and isinstance(node.value, ast.Dict):
+                keys = [ast.unparse(key) for key in node.value.keys if key is not None]
+                found = node.value.values[keys.index(node.slice.id)] if node.slice.id in keys else None
+            return copy.deepcopy(found) if found is not None else node
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
@@ -212,14 +273,21 @@ class _Folder(ast.NodeTransformer):
             return node if answer is None else answer
         if name == "isinstance" and len(node.args) == 2:
             return self._instance(node)
-        if name == "len" and isinstance(node.args[0], (ast.Tuple, ast.List)) and truth(node.args[0]) is not None:
-            return ast.Constant(len(node.args[0].elts))
-        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Dict) and is_pure(called.value):
-            return self._dict_method(node, called.attr, called.value)
+        items = elements(node.args[0]) if name == "len" and is_pure(node.args[0]) else None
+        if items is not None:
+            return ast.Constant(len(items))
+        if isinstance(called, ast.Attribute):
+            owner = called.value
+            table = self.known.tables.get(owner.id) if isinstance(owner, ast.Name) else owner
+            if isinstance(table, ast.Dict) and is_pure(table) and not (table is not owner and called.attr != "get"):
+                return self._dict_method(node, called.attr, table)
         return node
 
     def _instance(self, node: ast.Call) -> ast.expr:
         classes = node.args[1].elts if isinstance(node.args[1], ast.Tuple) else [node.args[1]]
+        kind = self.known.kinds.get(node.args[0].id) if isinstance(node.args[0], ast.Name) else None
+        if kind is not None:
+            return ast.Constant(kind in [dotted(each) for each in classes])
         if is_pure(node.args[0]) and any(dotted(kind) in self.known.always for kind in classes):
             return ast.Constant(True)
         left = [kind for kind in classes if dotted(kind) not in self.known.absent]
@@ -233,8 +301,9 @@ class _Folder(ast.NodeTransformer):
         if None in display.keys:
             return node
         keys = [key for key in display.keys if key is not None]
-        if method == "get" and isinstance(node.args[0], ast.Constant):
-            return item_of(display, node.args[0].value) or (node.args[1] if len(node.args) > 1 else ast.Constant(None))
+        if method == "get" and isinstance(node.args[0], ast.Constant) and all(map(is_constant, keys)):
+            found = item_of(display, node.args[0].value)
+            return copy.deepcopy(found) if found else node.args[1] if len(node.args) > 1 else ast.Constant(None)
         if method == "values":
             return ast.Tuple(display.values, ast.Load())
         if method == "items":
@@ -247,7 +316,7 @@ class _Folder(ast.NodeTransformer):
     def visit_DictComp(self, node: ast.DictComp) -> ast.expr:
         rows = self._rows(node)
         if rows is None:
-            return node
+            return _copied(node) or node
         return ast.Dict(
             [fold_expression(node.key, row) for row in rows], [fold_expression(node.value, row) for row in rows]
         )
@@ -261,6 +330,12 @@ class _Folder(ast.NodeTransformer):
         generator = node.generators[0]
         generator.iter = self.visit(generator.iter)
         items = elements(generator.iter)
+        if items is not None and len(items) == 1 and len(node.generators) > 1 and not generator.ifs:
+            bound = bindings(generator.target, items[0])
+            if bound is not None:
+                _Folder(replace(self.known, values=bound)).generic_visit(node)
+                del node.generators[0]
+                return self._rows(node)
         if items is None or len(node.generators) > 1 or generator.is_async:
             self.generic_visit(node)
             return None
@@ -337,6 +412,10 @@ class _Folder(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> ast.stmt | list[ast.stmt]:
         self.generic_visit(node)
+        if isinstance(node.value, ast.Call) and (dotted(node.value.func) or "").endswith(".update"):
+            added = node.value.args[0] if node.value.args else None
+            if isinstance(added, ast.Dict) and not added.keys:
+                return []
         return [] if is_pure(node.value) and not isinstance(node.value, ast.Constant) else node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.stmt:
@@ -346,6 +425,17 @@ class _Folder(ast.NodeTransformer):
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.stmt:
         node.body = fold(node.body, self.known) or [ast.Pass()]
         return node
+
+
+def _copied(node: ast.DictComp) -> ast.expr | None:
+    """Return the mapping that a comprehension only copies."""
+    generator = node.generators[0]
+    source = generator.iter.func if isinstance(generator.iter, ast.Call) else None
+    same = isinstance(generator.target, ast.Tuple) and [ast.unparse(node.key), ast.unparse(node.value)] == [
+        ast.unparse(target) for target in generator.target.elts
+    ]
+    is_copy = same and len(node.generators) == 1 and not generator.ifs
+    return source.value if is_copy and isinstance(source, ast.Attribute) and source.attr == "items" else None
 
 
 def item_of(display: ast.expr, key: object) -> ast.expr | None:
@@ -369,6 +459,9 @@ def elements(node: ast.expr) -> list[ast.expr] | None:
         return node.elts
     if isinstance(node, ast.Dict) and None not in node.keys:
         return [key for key in node.keys if key is not None]
+    if isinstance(node, ast.Call) and dotted(node.func) == "reversed":
+        items = elements(node.args[0])
+        return None if items is None else items[::-1]
     return None
 
 

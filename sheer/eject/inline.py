@@ -6,19 +6,22 @@ import ast
 import copy
 from collections.abc import Mapping, Sequence
 
-from sheer.eject.fold import is_pure
-from sheer.eject.program import Program, arguments_of
+from sheer.eject.drop import Needless, drop
+from sheer.eject.fold import is_constant, is_pure
+from sheer.eject.program import BUILTINS, Program, arguments_of
 from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, substituted, walk
 from sheer.eject.source import Notes, notes_of, with_notes
+
+KEPT = frozenset({"evaluate"})  # functions that a reader looks for
 
 
 def inline_expressions(program: Program) -> bool:
     """Write functions that are one expression where they are called. Returns whether any was."""
     changed = False
     for name, node in list(program.nodes.items()):
-        if not isinstance(node, ast.FunctionDef) or name in program.roots or node.decorator_list:
+        body = without_docstring(node.body) if isinstance(node, ast.FunctionDef) else []
+        if not isinstance(node, ast.FunctionDef) or len(body) != 1 or name in program.roots or node.decorator_list:
             continue
-        body = without_docstring(node.body)
         calls = program.calls(name)
         if len(body) != 1 or not isinstance(body[0], ast.Return) or body[0].value is None or not calls:
             continue
@@ -70,15 +73,21 @@ def inline_procedures(program: Program, most: int, records: Sequence[str] = ()) 
 
     Those that return a record are written there whatever their size, so that it can be taken apart.
     """
+    all_calls = program.all_calls()
     for name, node in list(program.nodes.items()):
         if not isinstance(node, ast.FunctionDef) or name in program.roots or node.decorator_list or _is_generator(node):
             continue
-        calls = program.calls(name)
+        if name in KEPT:
+            continue
+        calls = all_calls.get(name, [])
+        if size(node.body) == 0 or (size(node.body) == 1 and isinstance(node.body[-1], ast.Pass)):
+            drop(program, Needless(calls=frozenset({name})))
+            continue
         makes_record = node.returns is not None and any(record in ast.unparse(node.returns) for record in records)
         if calls is None or len(calls) != 1 or (size(node.body) > most and not makes_record):
             continue
         for function in program.functions():
-            if function is not node and _Site(function, node, calls[0]).inline():
+            if function is not node and Site(function, node, calls[0]).inline():
                 del program.nodes[name]
                 return True
     return False
@@ -107,7 +116,42 @@ def _returns(body: list[ast.stmt]) -> int:
     return sum(isinstance(node, ast.Return) for node in walk(body))
 
 
-class _Site:
+def _may_stand(value: ast.expr, body: list[ast.stmt]) -> bool:
+    """Whether an argument may stand wherever its parameter is read: it means the same all through the body."""
+    if isinstance(value, ast.Attribute) and is_pure(value):
+        stored = {n.attr for n in walk(body) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)}
+        called = [n.func for n in walk(body) if isinstance(n, ast.Call)]
+        known = all(isinstance(c, ast.Attribute) or (isinstance(c, ast.Name) and c.id in BUILTINS) for c in called)
+        return known and value.attr not in stored
+    return isinstance(value, (ast.Name, ast.Constant))
+
+
+def _decides(statement: ast.If, body: list[ast.stmt]) -> bool:
+    """Whether `if f(): break`, the last statement of a loop, could be the body of f with `break` for `return True`."""
+    returned = [n for n in walk(body) if isinstance(n, ast.Return)]
+    loops = [n for n in walk(body) if isinstance(n, (ast.For, ast.While))]
+    return (
+        len(statement.body) == 1
+        and isinstance(statement.body[0], ast.Break)
+        and not statement.orelse
+        and is_constant(getattr(body[-1], "value", None), False)
+        and all(is_constant(n.value, True) for n in returned[:-1] if n is not body[-1])
+        and sum(is_constant(n.value, False) for n in returned) == 1
+        and not any(isinstance(n, ast.Return) for n in walk(loops))
+    )
+
+
+def _left(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Write `break` for `return True`, and leave out the `return False` at the end."""
+    return [_Leaving().visit(statement) for statement in body[:-1]]
+
+
+class _Leaving(ast.NodeTransformer):
+    def visit_Return(self, node: ast.Return) -> ast.stmt:
+        return with_notes(ast.Break(), notes_of(node))
+
+
+class Site:
     """A call, the function that it is in, and the one that it calls."""
 
     def __init__(self, caller: ast.FunctionDef, callee: ast.FunctionDef, call: ast.Call) -> None:
@@ -117,34 +161,37 @@ class _Site:
         """Replace the statement of the call by what is called; False where it stands in the middle of an expression."""
         return self._inline_in(self.caller.body)
 
-    def _inline_in(self, body: list[ast.stmt]) -> bool:
+    def _inline_in(self, body: list[ast.stmt], in_loop: bool = False) -> bool:
         for index, statement in enumerate(body):
-            new = self._replacement(statement)
+            new = self._replacement(statement, in_loop and index == len(body) - 1)
             if new is not None:
                 body[index : index + 1] = new
                 return True
             for name in ("body", "orelse", "finalbody"):
-                if self._inline_in(getattr(statement, name, [])):
+                is_loop = isinstance(statement, (ast.For, ast.While)) and name == "body"
+                if self._inline_in(getattr(statement, name, []), is_loop):
                     return True
             for part in [*getattr(statement, "handlers", []), *getattr(statement, "cases", [])]:
                 if self._inline_in(part.body):
                     return True
         return False
 
-    def _replacement(self, statement: ast.stmt) -> list[ast.stmt] | None:
+    def _replacement(self, statement: ast.stmt, is_last: bool) -> list[ast.stmt] | None:
         """Return what stands for a statement, if the call is all of it, or what it evaluates first."""
         body = without_docstring(self.callee.body)
         at_end = bool(body) and isinstance(body[-1], ast.Return)
+        if isinstance(statement, ast.If) and statement.test is self.call and is_last and _decides(statement, body):
+            return _left(self.written_out(statement, body))
         if isinstance(statement, ast.Return) and statement.value is self.call:
-            return self._written_out(statement, body)
+            return self.written_out(statement, body)
         if _returns(body) > at_end:
             return None
         if isinstance(statement, ast.Expr) and statement.value is self.call:
-            return self._written_out(statement, body[:-1] if at_end else body)
+            return self.written_out(statement, body[:-1] if at_end else body)
         if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is self.call and at_end:
             return self._with_result(statement, body)
         if isinstance(statement, ast.If) and statement.test is self.call and at_end:
-            new = self._written_out(statement, body)
+            new = self.written_out(statement, body)
             last = new.pop()
             assert isinstance(last, ast.Return) and last.value is not None
             statement.test = last.value
@@ -152,7 +199,7 @@ class _Site:
         return None
 
     def _with_result(self, statement: ast.Assign | ast.AnnAssign, body: list[ast.stmt]) -> list[ast.stmt]:
-        new = self._written_out(statement, body)
+        new = self.written_out(statement, body)
         last = new.pop()
         assert isinstance(last, ast.Return)
         target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
@@ -161,7 +208,10 @@ class _Site:
         statement.value = last.value or ast.Constant(None)
         return [*new, with_notes(statement, notes_of(last))]
 
-    def _written_out(self, statement: ast.stmt, body: list[ast.stmt]) -> list[ast.stmt]:
+    def written_out(
+        self, statement: ast.stmt, body: list[ast.stmt], names: Mapping[str, str] | None = None
+    ) -> list[ast.stmt]:
+        """Return a body of the callee with arguments for its parameters and names that the caller has not taken."""
         given = arguments_of(self.call, self.callee) or {}
         taken = bound_in(self.caller) | {n.id for n in walk(self.caller.body) if isinstance(n, ast.Name)}
         assigned = assignments(body)
@@ -171,14 +221,14 @@ class _Site:
             value = given.get(parameter.arg, default_of(self.callee, parameter.arg))
             if value is None:
                 raise ValueError(f"{self.callee.name} is called without {parameter.arg}: {ast.unparse(self.call)}")
-            if not assigned[parameter.arg] and isinstance(value, (ast.Name, ast.Constant)):
+            if not assigned[parameter.arg] and _may_stand(value, body):
                 values[parameter.arg] = value
             else:
                 name = fresh(parameter.arg, taken)
                 taken.add(name)
                 values[parameter.arg] = ast.Name(name, ast.Load())
                 before.append(ast.Assign([ast.Name(name, ast.Store())], value))
-        result = self._result_name(statement, body)
+        result = self._result_name(statement, body) if names is None else names
         for local in bound_in(self.callee) - set(values):
             name = result[local] if local in result else fresh(local, taken)
             taken.add(name)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Set
 
 from sheer.eject.fold import dotted, is_pure
-from sheer.eject.program import Program
+from sheer.eject.program import BUILTINS, Program
 from sheer.eject.scope import assignments, bound_in, fresh, parameters, reads, renamed
 from sheer.eject.source import Notes, notes_of, with_notes
 
@@ -18,30 +17,6 @@ def normalise(program: Program) -> None:
         _separate(function)
         function.body = hoisted(function.body, bound_in(function))
         function.body = _conditional_return(function.body)
-
-
-def drop_calls(program: Program, names: Set[str]) -> None:
-    """Leave out statements that only call one of some functions."""
-    for function in program.functions():
-        function.body = _without(function.body, names)
-
-
-def _without(body: list[ast.stmt], names: Set[str]) -> list[ast.stmt]:
-    out: list[ast.stmt] = []
-    for statement in body:
-        if (
-            isinstance(statement, ast.Expr)
-            and isinstance(statement.value, ast.Call)
-            and dotted(statement.value.func) in names
-        ):
-            continue
-        for part in (statement, *getattr(statement, "handlers", []), *getattr(statement, "cases", [])):
-            for name in ("body", "orelse", "finalbody"):
-                inner = getattr(part, name, None)
-                if isinstance(inner, list) and inner:
-                    setattr(part, name, _without(inner, names) or ([ast.Pass()] if name == "body" else []))
-        out.append(statement)
-    return out
 
 
 def split_tuples(body: list[ast.stmt]) -> list[ast.stmt]:
@@ -99,7 +74,18 @@ def hoisted(body: list[ast.stmt], taken: set[str]) -> list[ast.stmt]:
     """Give what a display holds names of its own where it does something, so that the display may stand where its name does."""
     out: list[ast.stmt] = []
     for statement in body:
+        for name in ("body", "orelse", "finalbody"):
+            inner = getattr(statement, name, None)
+            if isinstance(inner, list) and inner and isinstance(inner[0], ast.stmt):
+                setattr(statement, name, hoisted(inner, taken))
         value = statement.value if isinstance(statement, ast.Assign) else None
+        if isinstance(value, ast.List) and isinstance(statement, ast.Assign):
+            for index, item in enumerate(value.elts):
+                if isinstance(item, ast.Call):
+                    name = fresh(ast.unparse(statement.targets[0]), taken)
+                    taken.add(name)
+                    out.append(ast.Assign([ast.Name(name, ast.Store())], item))
+                    value.elts[index] = ast.Name(name, ast.Load())
         if (
             isinstance(value, ast.Dict)
             and isinstance(statement, ast.Assign)
@@ -108,12 +94,9 @@ def hoisted(body: list[ast.stmt], taken: set[str]) -> list[ast.stmt]:
             for index, item in enumerate(value.values):
                 key = value.keys[index]
                 if isinstance(item, ast.Call) and key is not None and is_pure(key):
-                    stem = (
-                        key.value
-                        if isinstance(key, ast.Constant) and str(key.value).isidentifier()
-                        else statement.targets[0].id
-                    )
-                    name = fresh(str(stem), taken)
+                    made = (dotted(item.func) or "").removeprefix("make_")
+                    stem = made if made.isidentifier() else statement.targets[0].id
+                    name = fresh(statement.targets[0].id if stem in BUILTINS else stem, taken)
                     taken.add(name)
                     out.append(ast.Assign([ast.Name(name, ast.Store())], item))
                     value.values[index] = ast.Name(name, ast.Load())

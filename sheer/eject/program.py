@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sheer.eject.scope import parameters, walk
+from sheer.eject.scope import bound_in, parameters, walk
 from sheer.eject.source import Definable, Definition
 
 
@@ -33,12 +34,11 @@ class Program:
             name = waiting.pop(0)
             if name in reached:
                 continue
-            reached[name] = self.nodes.get(name) or self._taken(name)
-            waiting += [used for used in names_in([reached[name]]) if used in self.library or used in self.nodes]
+            reached[name] = self._with_twins(self.nodes.get(name) or copy.deepcopy(self.library[name].node))
+            waiting += [used for used in free_names(reached[name]) if used in self.library or used in self.nodes]
         self.nodes = reached
 
-    def _taken(self, name: str) -> Definable:
-        node = copy.deepcopy(self.library[name].node)
+    def _with_twins(self, node: Definable) -> Definable:
         for part in ast.walk(node):
             if isinstance(part, ast.Name) and part.id in self.twins:
                 part.id = self.twins[part.id]
@@ -59,21 +59,29 @@ class Program:
 
     def calls(self, name: str) -> list[ast.Call] | None:
         """Return all calls of a function; None where it is also used as a value, so that not all calls can be seen."""
-        calls = [
-            n
-            for n in walk(self.nodes.values())
-            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == name
-        ]
-        uses = [n for n in walk(self.nodes.values()) if isinstance(n, ast.Name) and n.id == name]
-        return calls if len(calls) == len(uses) else None
+        return self.all_calls().get(name, [])
+
+    def all_calls(self) -> dict[str, list[ast.Call] | None]:
+        """Return what `calls` does for all names that are used."""
+        calls: dict[str, list[ast.Call]] = {}
+        uses: Counter[str] = Counter()
+        for node in walk(self.nodes.values()):
+            if isinstance(node, ast.Name):
+                uses[node.id] += 1
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                calls.setdefault(node.func.id, []).append(node)
+        return {name: found if len(found := calls.get(name, [])) == count else None for name, count in uses.items()}
 
 
-def names_in(nodes: Iterable[ast.AST]) -> list[str]:
-    """Return the names that are read in trees, in the order of their first use; annotations given as strings included."""
+def free_names(node: ast.AST) -> list[str]:
+    """Return the names that a definition reads and does not bind itself, in the order of their first use."""
     names: dict[str, None] = {}
-    for node in walk(nodes):
-        if isinstance(node, ast.Name):
-            names[node.id] = None
+    for part in node.body if isinstance(node, ast.ClassDef) else [node]:
+        own = bound_in(part) if isinstance(part, ast.FunctionDef) else set()
+        names.update({n.id: None for n in ast.walk(part) if isinstance(n, ast.Name) and n.id not in own})
+    if isinstance(node, ast.ClassDef):
+        outside = [*node.bases, *node.keywords, *node.decorator_list]
+        names.update({n.id: None for n in walk(outside) if isinstance(n, ast.Name)})
     return list(names)
 
 
@@ -107,6 +115,27 @@ def drop_parameter(function: ast.FunctionDef, calls: Iterable[ast.Call], name: s
             del arguments.kwonlyargs[index]
             del arguments.kw_defaults[index]
             return
+
+
+def replace_argument(call: ast.Call, value: ast.expr, names: Sequence[str], values: Sequence[ast.expr]) -> None:
+    """Pass several arguments, for the parameters of these names, in place of one."""
+    for index, argument in enumerate(call.args):
+        if argument is value:
+            call.args[index : index + 1] = values
+            return
+    for index, keyword in enumerate(call.keywords):
+        if keyword.value is value:
+            call.keywords[index : index + 1] = [ast.keyword(n, v) for n, v in zip(names, values, strict=True)]
+            return
+
+
+def replace_parameter(function: ast.FunctionDef, name: str, new: Sequence[ast.arg]) -> None:
+    """Put several parameters in the place of one."""
+    for arguments in (function.args.posonlyargs, function.args.args, function.args.kwonlyargs):
+        for index, argument in enumerate(arguments):
+            if argument.arg == name:
+                arguments[index : index + 1] = new
+                return
 
 
 BUILTINS = frozenset(dir(builtins))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Mapping, Set
 from dataclasses import replace
 
-from sheer.eject.fold import Known, fold, is_constant, is_pure
-from sheer.eject.program import Program, arguments_of, drop_parameter
-from sheer.eject.scope import assignments, bound_in, default_of, parameters, reads, walk
+from sheer.eject.fold import Known, dotted, fold, is_constant, is_pure, is_value_of_torch
+from sheer.eject.program import Program, arguments_of, drop_parameter, replace_argument, replace_parameter
+from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, reads, walk
 
 
 def fold_all(program: Program, known: Known) -> None:
     """Fold every function with what holds everywhere, and with what is known of its own names."""
     for function in program.functions():
-        own = _shadowed(known, bound_in(function))
+        given = {p.arg for p in parameters(function)} if function.name in program.roots else set()
+        own = _shadowed(known, bound_in(function) - (given - assignments(function.body).keys()))
         local = known_locals(function, program, own)
         merged = replace(own, values={**own.values, **local.values}, present=own.present | local.present)
         function.body = fold(function.body, merged) or [ast.Pass()]
@@ -45,11 +47,14 @@ def known_locals(function: ast.FunctionDef, program: Program, known: Known) -> K
         if not isinstance(target, ast.Name) or count[target.id] != 1:
             continue
         if _is_stable(value, count) and (
-            not isinstance(value, ast.List | ast.Dict | ast.Set) or not _is_changed(function, target.id)
+            not isinstance(value, ast.List | ast.Dict | ast.Set) or not _is_changed(function, target.id, program)
         ):
             values[target.id] = value
-        if isinstance(value, (ast.Dict, ast.List, ast.Tuple, ast.Set, ast.JoinedStr)) or _returns_something(
-            value, program
+        made = f"{dotted(value.func)}()" if isinstance(value, ast.Call) else ""
+        if (
+            isinstance(value, (ast.Dict, ast.List, ast.Tuple, ast.Set, ast.JoinedStr))
+            or made in known.present
+            or _returns_something(value, program)
         ):
             present.add(target.id)
     return Known(values, frozenset(present))
@@ -57,39 +62,56 @@ def known_locals(function: ast.FunctionDef, program: Program, known: Known) -> K
 
 def _is_stable(value: ast.expr, count: Mapping[str, int]) -> bool:
     """Whether an expression means the same wherever it stands in the function: constants, and names that are bound once."""
-    if isinstance(value, ast.Constant):
+    if isinstance(value, ast.Constant) or is_value_of_torch(value):
         return True
+    if isinstance(value, ast.Call):  # a context that does nothing, however often it is entered
+        return dotted(value.func) == "nullcontext" and not value.args
     if isinstance(value, ast.Name):
         return count.get(value.id, 0) <= 1
     if isinstance(value, (ast.Tuple, ast.List)):
         return all(_is_stable(item, count) for item in value.elts)
     if isinstance(value, ast.Dict):
-        return all(key is not None and is_constant(key) for key in value.keys) and all(
+        return all(key is not None and _is_stable(key, count) for key in value.keys) and all(
             _is_stable(v, count) for v in value.values
         )
     return False
 
 
-def _is_changed(function: ast.FunctionDef, name: str) -> bool:
-    """Whether a container may be changed or kept: it is used other than by being read here."""
+def _is_changed(function: ast.FunctionDef, name: str, program: Program, seen: Set[str] = frozenset()) -> bool:
+    """Whether a container may be changed or kept: it is used other than by being read, here and where it is passed."""
     harmless: set[int] = set()
     for node in walk(function.body):
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
             harmless.add(id(node.value))
-        elif (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in ("get", "values", "items", "keys")
-        ):
-            harmless.add(id(node.func.value))
+        elif isinstance(node, ast.Call):
+            harmless |= {id(value) for value in _only_read(node, name, program, seen | {function.name})}
         elif isinstance(node, (ast.For, ast.comprehension)):
             harmless.add(id(node.iter))
         elif isinstance(node, ast.BinOp):
             harmless |= {id(node.left), id(node.right)}
+        elif isinstance(node, ast.BoolOp):
+            harmless |= {id(value) for value in node.values}
+        elif isinstance(node, (ast.If, ast.IfExp)):
+            harmless.add(id(node.test))
         elif isinstance(node, ast.Compare):
             harmless |= {id(part) for part in node.comparators}
     uses = [n for n in walk(function.body) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
     return any(id(use) not in harmless for use in uses)
+
+
+def _only_read(call: ast.Call, local: str, program: Program, seen: Set[str]) -> list[ast.expr]:
+    """Return which expressions that are a local name a call uses only to read what it holds."""
+    if isinstance(call.func, ast.Attribute) and call.func.attr in ("get", "values", "items", "keys"):
+        return [call.func.value]
+    name = dotted(call.func) or ""
+    if name in ("len", "sum", "list", "set", "tuple", "reversed", "enumerate"):
+        return call.args[:1]
+    function = program.function(name)
+    given = arguments_of(call, function) if function is not None else None
+    if function is None or given is None or name in seen:
+        return []
+    own = {p: v for p, v in given.items() if isinstance(v, ast.Name) and v.id == local}
+    return [v for p, v in own.items() if not _is_changed(function, p, program, seen)]
 
 
 def never_none(annotation: ast.expr) -> bool:
@@ -115,16 +137,21 @@ def _returns_something(value: ast.expr, program: Program) -> bool:
 
 def bind_parameters(program: Program, known: Known) -> None:
     """Put arguments that are the same constant, or the same name of a constant, in all calls into the function itself."""
+    all_calls = program.all_calls()
     for name, node in list(program.nodes.items()):
-        if not isinstance(node, ast.FunctionDef) or name in program.roots or node.decorator_list:
+        if not isinstance(node, ast.FunctionDef) or name in program.roots:
             continue
-        calls = program.calls(name)
+        calls = all_calls.get(name, [])
         if not calls:
             continue
         passed = [arguments_of(call, node) for call in calls]
         for parameter in parameters(node):
             given = [None if p is None else p.get(parameter.arg, default_of(node, parameter.arg)) for p in passed]
             first = given[0]
+            if first is not None and all(value is not None and _alike(value, first) for value in given):
+                if not _is_changed(node, parameter.arg, program):
+                    _take_apart(node, calls, parameter, [value for value in given if value is not None])
+                continue
             if first is None or any(value is None or ast.dump(value) != ast.dump(first) for value in given):
                 continue
             if not (isinstance(first, ast.Constant) or (isinstance(first, ast.Name) and first.id in known.constants)):
@@ -135,12 +162,52 @@ def bind_parameters(program: Program, known: Known) -> None:
             drop_parameter(node, calls, parameter.arg)
 
 
+def _alike(one: ast.expr, other: ast.expr) -> bool:
+    """Whether two expressions are displays of names that differ at most in those."""
+    if not isinstance(one, (ast.Tuple, ast.List, ast.Dict)) or not is_pure(one):
+        return False
+    return _shape(one) == _shape(other)
+
+
+def _shape(display: ast.expr) -> str:
+    anonymous = copy.deepcopy(display)
+    for name in _names(anonymous):
+        name.id = "_"
+    return ast.dump(anonymous)
+
+
+def _names(display: ast.AST) -> list[ast.Name]:
+    return [part for part in ast.walk(display) if isinstance(part, ast.Name)]
+
+
+def _take_apart(function: ast.FunctionDef, calls: list[ast.Call], parameter: ast.arg, given: list[ast.expr]) -> None:
+    """Give a function what a display holds in place of the display."""
+    if assignments(function.body)[parameter.arg]:
+        return
+    taken = bound_in(function)
+    new: dict[str, str] = {}
+    for part in _names(given[0]):
+        if part.id not in new:
+            new[part.id] = fresh(part.id, taken)
+            taken.add(new[part.id])
+    display = copy.deepcopy(given[0])
+    for part in _names(display):
+        part.id = new[part.id]
+    function.body = fold(function.body, Known({parameter.arg: display})) or [ast.Pass()]
+    for call, value in zip(calls, given, strict=True):
+        firsts = dict(zip([n.id for n in _names(given[0])], [n.id for n in _names(value)], strict=True))
+        passed = [ast.Name(firsts[name], ast.Load()) for name in new]
+        replace_argument(call, value, list(new.values()), passed)
+    replace_parameter(function, parameter.arg, [ast.arg(name, ast.Name("Any", ast.Load())) for name in new.values()])
+
+
 def unused_parameters(program: Program) -> None:
     """Take parameters that are not read out of functions, with arguments whose evaluation does nothing."""
+    all_calls = program.all_calls()
     for name, node in list(program.nodes.items()):
-        if not isinstance(node, ast.FunctionDef) or name in program.roots:
+        if not isinstance(node, ast.FunctionDef):
             continue
-        calls = program.calls(name)
+        calls = all_calls.get(name, [])
         if calls is None:
             continue
         used = reads(node.body)
@@ -150,3 +217,28 @@ def unused_parameters(program: Program) -> None:
                 g is not None and (parameter.arg not in g or is_pure(g[parameter.arg])) for g in given
             ):
                 drop_parameter(node, calls, parameter.arg)
+
+
+def narrow_parameters(program: Program) -> None:
+    """Take None out of the types of parameters that never are: in each call something is passed that is there."""
+    all_calls = program.all_calls()
+    for name, node in list(program.nodes.items()):
+        if not isinstance(node, ast.FunctionDef) or name in program.roots:
+            continue
+        calls = all_calls.get(name, [])
+        for parameter in parameters(node):
+            optional = isinstance(parameter.annotation, ast.BinOp) and is_constant(parameter.annotation.right, None)
+            if optional and calls and all(_passes_something(program, node, call, parameter.arg) for call in calls):
+                assert isinstance(parameter.annotation, ast.BinOp)
+                parameter.annotation = parameter.annotation.left
+
+
+def _passes_something(program: Program, function: ast.FunctionDef, call: ast.Call, name: str) -> bool:
+    """Whether what a call passes for a parameter is known not to be None."""
+    value = (arguments_of(call, function) or {}).get(name)
+    if isinstance(value, ast.Constant):
+        return value.value is not None
+    caller = next((f for f in program.functions() if any(n is call for n in walk(f.body))), None)
+    if caller is None or not isinstance(value, ast.Name):
+        return False
+    return value.id in known_locals(caller, program, Known()).present

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import copy
+from collections.abc import Set
 
 from sheer.eject.fold import dotted
-from sheer.eject.program import Program, Refusal, arguments_of
-from sheer.eject.scope import assignments, bound_in, fresh, parameters, walk
+from sheer.eject.program import Program, Refusal, arguments_of, replace_argument, replace_parameter
+from sheer.eject.scope import assignments, bound_in, fresh, parameters, substituted, walk
 
 
 def fields_of(record: ast.ClassDef) -> dict[str, ast.AnnAssign]:
@@ -25,6 +26,12 @@ def explode(program: Program, record: str) -> bool:
         return False
     inline_properties(program, node)
     fields = fields_of(node)
+    stored = {
+        n.attr for n in walk(program.nodes.values()) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)
+    }
+    for function in program.functions():
+        for holder in holders_of(program, function, record):
+            _drop_aliases(function, holder, fields.keys() - stored)
     holders = {id(f): holders_of(program, f, record) for f in program.functions()}
     needs: dict[tuple[str, str], set[str]] = {}
     if not _find_needs(program, fields, holders, needs):
@@ -32,11 +39,31 @@ def explode(program: Program, record: str) -> bool:
     for function in list(program.functions()):
         for name in holders[id(function)]:
             _explode_in(program, function, name, record, fields, needs)
-    for (function_name, parameter), used in needs.items():
+    for function_name, parameter in needs:
         taken_apart = program.function(function_name)
         if taken_apart is not None:
-            _replace_parameter(taken_apart, parameter, [field for field in fields if field in used], fields)
+            locals_of: dict[str, str] = vars(taken_apart).get("exploded", {}).get(parameter, {})
+            new = [ast.arg(name, copy.deepcopy(fields[field].annotation)) for field, name in locals_of.items()]
+            replace_parameter(taken_apart, parameter, new)
     return True
+
+
+def _drop_aliases(function: ast.FunctionDef, holder: str, fields: Set[str]) -> None:
+    """Read a record's field where a local name stands for it."""
+    for index, statement in enumerate(function.body):
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+            continue
+        name, value = statement.targets[0].id, statement.value
+        is_field = (
+            isinstance(value, ast.Attribute)
+            and isinstance(value.value, ast.Name)
+            and value.value.id == holder
+            and value.attr in fields
+        )
+        if is_field and assignments(function.body)[name] == 1 and name not in [p.arg for p in parameters(function)]:
+            function.body[index:] = substituted(function.body[index + 1 :], {name: value})
+            return _drop_aliases(function, holder, fields)
+    return None
 
 
 def holders_of(program: Program, function: ast.FunctionDef, record: str) -> list[str]:
@@ -133,6 +160,8 @@ def _find_needs(
             ]
             if len(uses) != seen:
                 return False
+    if not all(_all_pass_one(program, taker, holders) for taker in needs):
+        return False
     changed = True
     while changed:
         changed = False
@@ -142,6 +171,20 @@ def _find_needs(
             if not needs[taker] <= needs[giver]:
                 needs[giver] |= needs[taker]
                 changed = True
+    return True
+
+
+def _all_pass_one(program: Program, taker: tuple[str, str], holders: dict[int, list[str]]) -> bool:
+    """Whether all calls of a function pass, for one of its parameters, what is known to be the record."""
+    callee = program.function(taker[0])
+    if callee is None or taker[1] not in [p.arg for p in parameters(callee)]:
+        return True
+    for function in program.functions():
+        for node in walk(function.body):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == callee.name:
+                value = (arguments_of(node, callee) or {}).get(taker[1])
+                if not isinstance(value, ast.Name) or value.id not in holders[id(function)]:
+                    return False
     return True
 
 
@@ -200,7 +243,7 @@ class _Exploded(ast.NodeTransformer):
             if isinstance(value, ast.Name) and value.id == self.name:
                 used = [field for field in self.fields if field in self.needs[callee.name, parameter]]
                 names = [ast.Name(self.locals_of[field], ast.Load()) for field in used]
-                _replace_argument(node, value, parameter, used, names)
+                replace_argument(node, value, used, names)
         return node
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
@@ -242,34 +285,3 @@ def default_value(field: ast.AnnAssign) -> ast.expr:
     if value is None:
         raise Refusal(f"{dotted(field.target)} is not given, and has no default.")
     return copy.deepcopy(value)
-
-
-def _replace_argument(call: ast.Call, value: ast.expr, parameter: str, used: list[str], names: list[ast.Name]) -> None:
-    for index, argument in enumerate(call.args):
-        if argument is value:
-            call.args[index : index + 1] = names
-            return
-    for index, keyword in enumerate(call.keywords):
-        if keyword.value is value:
-            call.keywords[index : index + 1] = [
-                ast.keyword(field, name) for field, name in zip(used, names, strict=True)
-            ]
-            return
-
-
-def _replace_parameter(
-    function: ast.FunctionDef, parameter: str, used: list[str], fields: dict[str, ast.AnnAssign]
-) -> None:
-    locals_of: dict[str, str] = vars(function).get("exploded", {}).get(parameter, {})
-    for arguments in (function.args.posonlyargs, function.args.args, function.args.kwonlyargs):
-        for index, argument in enumerate(arguments):
-            if argument.arg == parameter:
-                arguments[index : index + 1] = [
-                    ast.arg(locals_of[field], copy.deepcopy(fields[field].annotation)) for field in used
-                ]
-                return
-
-
-def never_assigned_twice(function: ast.FunctionDef, name: str) -> bool:
-    """Whether a name keeps the one object that it is bound to."""
-    return assignments(function.body)[name] + (name in [p.arg for p in parameters(function)]) == 1

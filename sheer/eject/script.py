@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sheer.eject.facts import Span
 from sheer.eject.program import Refusal
+from sheer.eject.source import imported
 
 PACKAGE = "sheer"
 
@@ -128,6 +129,21 @@ class Script:
                 break
             last = node.end_lineno or last
         return self.offset(last + 1, 0)
+
+    def import_statements(self) -> set[str]:
+        """Return what the script's imports at its top bind, each as a statement of its own."""
+        return {statement for _, statement in imported(self.tree.body)}
+
+    def with_block(self, head: str, imports: str, block: str) -> str:
+        """Return the text with all changes made: a head before the imports, new imports and definitions behind them."""
+        at = self.after_imports()
+        blank = "\n" if self.text.encode()[at : at + 1] == b"\n" else "\n\n"
+        self.edits.append((at, at, f"{imports}\n{block.strip()}\n{blank}"))
+        first = self.tree.body[0]
+        is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+        top = self.offset((first.end_lineno or 0) + 1, 0) if is_docstring else 0
+        self.edits.append((top, top, f"\n{head}" if is_docstring else head))
+        return self.edited()
 
     def names(self) -> set[str]:
         """Return all names that the script uses or binds."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import io
+import itertools
 import re
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,6 +60,8 @@ def read_library(folder: Path) -> dict[str, Definition]:
     """
     found: dict[str, Definition] = {}
     for path in sorted(folder.rglob("*.py")):
+        if path.name == "__init__.py" or "eject" in path.parts:
+            continue
         for definition in definitions(
             path.read_text(), ".".join(path.relative_to(folder.parent).with_suffix("").parts)
         ):
@@ -152,12 +155,39 @@ class _Marks:
         return out
 
 
+def without_parentheses(text: str) -> str:
+    """Return code without the parentheses that `ast.unparse` puts around tuples and generators, and nobody writes."""
+    tree, lines = ast.parse(text), text.splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(len(line.encode()) for line in lines)]
+    gone: list[int] = []
+    content = text.encode()
+    for node in ast.walk(tree):
+        value = getattr(node, "value", None)
+        if isinstance(node, (ast.Assign, ast.Return, ast.Yield)) and isinstance(value, ast.Tuple) and value.elts:
+            gone += [
+                starts[value.lineno - 1] + value.col_offset,
+                starts[(value.end_lineno or 1) - 1] + (value.end_col_offset or 0) - 1,
+            ]
+        if (
+            isinstance(node, ast.Call)
+            and len(node.args) == 1
+            and not node.keywords
+            and isinstance(node.args[0], ast.GeneratorExp)
+        ):
+            inner = node.args[0]
+            first = starts[inner.lineno - 1] + inner.col_offset
+            if content[first - 1 : first + 1] == b"((":
+                gone += [first, starts[(inner.end_lineno or 1) - 1] + (inner.end_col_offset or 0) - 1]
+    assert all(content[place : place + 1] in (b"(", b")") for place in gone)
+    return b"".join(content[a + 1 : b] for a, b in itertools.pairwise([-1, *sorted(gone), len(content)])).decode()
+
+
 def unparse(nodes: Iterable[ast.stmt]) -> str:
     """Write statements as text, with their comments; a formatter breaks the lines."""
     marks = _Marks()
     tree = ast.Module(body=marks.added([copy.deepcopy(node) for node in nodes]), type_ignores=[])
     lines: list[str] = []
-    for line in ast.unparse(ast.fix_missing_locations(tree)).splitlines():
+    for line in without_parentheses(ast.unparse(ast.fix_missing_locations(tree))).splitlines():
         if trailing := _TRAILING.match(line):
             lines[-1] += f"  {marks.texts[int(trailing[1])]}"
         elif comment := _COMMENT.match(line):

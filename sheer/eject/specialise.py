@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 
+from sheer.eject.blocks import inline_blocks
+from sheer.eject.constants import bind_methods, fold_attributes
+from sheer.eject.drop import Needless, drop
 from sheer.eject.fold import Known
 from sheer.eject.inline import inline_expressions, inline_procedures
-from sheer.eject.normalise import drop_calls, normalise
+from sheer.eject.normalise import normalise
 from sheer.eject.program import Program
-from sheer.eject.propagate import bind_parameters, fold_all, unused_parameters
+from sheer.eject.propagate import bind_parameters, fold_all, narrow_parameters, unused_parameters
 from sheer.eject.records import explode
+from sheer.eject.tidy import drop_constants, make_flags, pass_by_the_same_name, tidy_names, use_directly
 from sheer.eject.trim import trim_classes, trim_locals
 
 MOST_INLINED = 14  # statements of a function that is called once; longer ones stay functions
@@ -20,7 +24,7 @@ def specialise(
     program: Program,
     known: Known,
     records: Sequence[str],
-    dropped: frozenset[str] = frozenset(),
+    needless: Needless,
     kept: frozenset[str] = frozenset(),
 ) -> None:
     """Run all passes over a program until nothing changes.
@@ -29,26 +33,46 @@ def specialise(
         program: changed in place.
         known: what holds everywhere: the settings, and what capture saw.
         records: the classes whose objects only carry others; they are taken apart where none is kept as a whole.
-        dropped: functions whose calls are left out, as statements: what they check has held, what they say is not for a script.
+        needless: what is left out.
         kept: names of attributes that the script itself reads.
     """
     program.collect()
+    size = 0
+    while len(program.nodes) != size:  # most of the library is left behind here, before anything is moved
+        size = len(program.nodes)
+        drop(program, needless)
+        normalise(program)
+        fold_all(program, known)
+        inline_expressions(program)
+        narrow_parameters(program)
+        bind_parameters(program, known)
+        program.collect()
     before = ""
     while (now := dumped(program)) != before:
         before = now
-        drop_calls(program, dropped)
+        drop(program, needless)
         normalise(program)
         fold_all(program, known)
+        program.collect()
+        narrow_parameters(program)
         bind_parameters(program, known)
+        bind_methods(program, known)
+        fold_attributes(program, known)
         inline_expressions(program)
-        while inline_procedures(program, MOST_INLINED, records):
+        while inline_procedures(program, MOST_INLINED, records) or inline_blocks(program):
             pass
         for record in records:
             explode(program, record)
         trim_locals(program)
         unused_parameters(program)
         trim_classes(program, kept)
+        drop_constants(program)
+        use_directly(program)
         program.collect()
+    make_flags(program)
+    tidy_names(program)
+    pass_by_the_same_name(program)
+    tidy_names(program)
 
 
 def dumped(program: Program) -> str:

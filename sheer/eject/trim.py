@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Set
 
-from sheer.eject.fold import is_pure
+from sheer.eject.fold import is_idle, is_pure
 from sheer.eject.program import Program
-from sheer.eject.records import fields_of
+from sheer.eject.records import fields_of, holders_of
 from sheer.eject.scope import reads, walk
 from sheer.eject.source import notes_of, with_notes
 
@@ -61,7 +61,7 @@ class _Unread(ast.NodeTransformer):
         kept = [
             (name, item)
             for name, item in zip(target.elts, value.elts, strict=False)
-            if not (isinstance(name, ast.Name) and name.id not in self.used and is_pure(item))
+            if not (isinstance(name, ast.Name) and name.id not in self.used and is_idle(item))
         ]
         if len(kept) == len(target.elts) or len(target.elts) != len(value.elts):
             return node
@@ -83,7 +83,7 @@ class _Unread(ast.NodeTransformer):
         return node
 
     def visit_Expr(self, node: ast.Expr) -> ast.stmt | list[ast.stmt]:
-        return [] if is_pure(node.value) and not isinstance(node.value, ast.Constant) else node
+        return [] if is_idle(node.value) and not isinstance(node.value, ast.Constant) else node
 
     def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
         node.body, node.orelse = self.body(node.body), self.body(node.orelse)
@@ -92,27 +92,68 @@ class _Unread(ast.NodeTransformer):
         node.body = node.body or [ast.Pass()]
         return node
 
+    def visit_With(self, node: ast.With) -> ast.stmt:
+        for item in node.items:
+            if isinstance(item.optional_vars, ast.Name) and item.optional_vars.id not in self.used:
+                item.optional_vars = None
+        self.generic_visit(node)
+        return node
+
     def visit_Pass(self, node: ast.Pass) -> list[ast.stmt]:
         return []
 
     def _effect(self, node: ast.stmt, value: ast.expr) -> ast.stmt | list[ast.stmt]:
-        return [] if is_pure(value) else with_notes(ast.Expr(value), notes_of(node))
+        return [] if is_idle(value) else with_notes(ast.Expr(value), notes_of(node))
 
 
 def trim_classes(program: Program, kept: Set[str]) -> None:
     """Leave out fields and methods whose names nothing reads; `kept` are names that the script reads."""
-    used = {
-        n.attr for n in walk(program.nodes.values()) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
-    } | set(kept)
+    used = _attributes_reached(program, kept)
     for node in program.nodes.values():
         if isinstance(node, ast.ClassDef):
-            node.body = [part for part in node.body if not _is_unread(part, used)] or [ast.Pass()]
+            asked = _is_asked(program, node.name)
+            node.body = [part for part in node.body if not _is_unread(part, used, asked)] or [ast.Pass()]
             _trim_constructions(program, node)
     for function in program.functions():
         function.body = _UnreadAttributes(program, used).body(function.body) or [ast.Pass()]
 
 
-def _is_unread(part: ast.stmt, used: Set[str]) -> bool:
+def _attributes_reached(program: Program, kept: Set[str]) -> set[str]:
+    """Return the names of attributes that are read, in functions and in those methods that are themselves reached."""
+    waiting: list[ast.AST] = [node for node in program.nodes.values() if not isinstance(node, ast.ClassDef)]
+    methods: dict[str, list[ast.AST]] = {}
+    for part in [part for node in program.nodes.values() if isinstance(node, ast.ClassDef) for part in node.body]:
+        if isinstance(part, ast.FunctionDef) and not part.name.startswith("__") and part.name not in kept:
+            methods.setdefault(part.name, []).append(part)
+        else:
+            waiting.append(part)
+    used = set(kept)
+    while waiting:
+        for node in ast.walk(waiting.pop()):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                used.add(node.attr)
+                waiting += methods.pop(node.attr, [])
+    return used
+
+
+def _is_asked(program: Program, name: str) -> bool:
+    """Whether the truth of an object of a class is asked for."""
+    for function in program.functions():
+        holders = holders_of(program, function, name)
+        for node in walk(function.body):
+            asked = [node.test] if isinstance(node, (ast.If, ast.IfExp, ast.While)) else []
+            asked += node.values if isinstance(node, ast.BoolOp) else []
+            asked += [node.operand] if isinstance(node, ast.UnaryOp) else []
+            if any(
+                isinstance(part, ast.Attribute) or (isinstance(part, ast.Name) and part.id in holders) for part in asked
+            ):
+                return True
+    return False
+
+
+def _is_unread(part: ast.stmt, used: Set[str], asked: bool) -> bool:
+    if isinstance(part, ast.FunctionDef) and part.name == "__bool__":
+        return not asked
     if isinstance(part, ast.FunctionDef):
         return part.name not in used and not part.name.startswith("__")
     if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
@@ -159,6 +200,10 @@ class _UnreadAttributes(_Unread):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | list[ast.stmt]:
         return self._effect(node, node.value) if self._gone(node.target) and node.value is not None else node
+
+    def visit_With(self, node: ast.With) -> ast.stmt:
+        self.generic_visit(node)
+        return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt | list[ast.stmt]:
         return [] if self._gone(node.target) and is_pure(node.value) else node

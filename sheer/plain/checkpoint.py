@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sheer.checkpoint.store import Saved, ranked
 
@@ -81,6 +81,11 @@ def plain_prune(directory: Path, step: int, *, keep_last: int, keep_best: int, m
         if saved.path not in kept:
             (saved.path / "manifest.json").unlink()
             shutil.rmtree(saved.path)
+
+
+def plain_load_model(model: nn.Module, state: dict[str, Any], source: Path) -> None:
+    """Load weights by name."""
+    model.load_state_dict(state)
 
 
 def plain_encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from sheer.data.batch import count_samples, move
-from sheer.progress import Progress
 
 
 class PlainOrder(Sampler[int]):
     """The samples of an epoch, from `start` on: a permutation that depends on the seed and the epoch alone."""
 
     def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-        self.epoch = self.start = 0
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
 
     def __iter__(self) -> Iterator[int]:
         seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
@@ -27,15 +30,44 @@ class PlainOrder(Sampler[int]):
         yield from order[self.start :].tolist()
 
 
-class PlainData:
-    """The batches of an epoch after the other, each epoch in an order of its own.
+@dataclass(frozen=True)
+class PlainLength:
+    """How long an epoch is."""
 
-    Attributes:
-        at_end: whether the batch that was yielded last is the last of its epoch.
+    steps_per_epoch: int
+
+
+def plain_epochs(loader: Any, device: torch.device) -> Iterator[tuple[Any, bool]]:
+    """Yield the batches of epoch after epoch, and whether each is the last of its epoch.
+
+    The order of an epoch depends on the seed and its number alone.
     """
+    seed, order = torch.initial_seed(), torch.Generator()
+    loader.sampler.generator = order
+    for epoch in itertools.count():
+        order.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+        for number, batch in enumerate(loader, 1):
+            yield move(batch, device), number == len(loader)
 
-    def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
-        self.device, self.batch_size = device, loader.batch_size or 1
+
+def plain_grouped(batches: Iterator[tuple[Any, bool]], size: int) -> Iterator[tuple[list[tuple[Any, int]], bool]]:
+    """Yield so many batches at a time, each with its size; the last of an epoch are what is left."""
+    group: list[tuple[Any, int]] = []
+    for batch, at_end in batches:
+        group.append((batch, count_samples(batch)))
+        if len(group) == size or at_end:
+            yield group, at_end
+            group = []
+
+
+class PlainData:
+    """The batches of epoch after epoch, from any position on; the order of an epoch depends on the seed and its number alone."""
+
+    def __init__(self, loader: DataLoader[Any], device: torch.device, accumulate: int) -> None:
+        self.device = device
+        self.batch_size = loader.batch_size or 1
+        self.batches = len(loader)
+        self.steps_per_epoch = -(-self.batches // accumulate)
         self.order = PlainOrder(len(loader.dataset), torch.initial_seed())  # type: ignore[arg-type]
         self.loader = DataLoader(
             loader.dataset,
@@ -46,31 +78,29 @@ class PlainData:
             pin_memory=device.type == "cuda",
             generator=loader.generator,
         )
-        self.steps_per_epoch = len(loader)
-        self.at_end = False
 
-    def steps(self, progress: Progress, restore_random: Callable[[], None] | None) -> Iterator[tuple[Any, int]]:
-        """Yield each batch with its size, from `progress` on; the caller counts in `progress`."""
-        while True:
-            start = progress.batch
-            self.order.epoch, self.order.start = progress.epoch, start * self.batch_size
+    def epochs(self, epoch: int, start: int, restore_random: Callable[[], None] | None) -> Iterator[tuple[Any, bool]]:
+        """Yield each batch, and whether it is the last of its epoch; the first is batch `start` of `epoch`."""
+        for number in itertools.count(epoch):
+            self.order.epoch = number
+            self.order.start = start * self.batch_size
             if restore_random is not None and start == 0:  # making the iterator draws a number
                 restore_random()
-                restore_random = None
             batches = iter(self.loader)
-            if restore_random is not None:
+            if restore_random is not None and start > 0:
                 restore_random()
-                restore_random = None
-            for number, batch in enumerate(batches, start + 1):
-                self.at_end = number == self.steps_per_epoch
-                yield move(batch, self.device), count_samples(batch)
+            for index, batch in enumerate(batches, start + 1):
+                yield move(batch, self.device), index == self.batches
+            start = 0
+            restore_random = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
-        source = {"seed": self.order.seed, "samples": self.order.size, "batch_size": self.batch_size, "shuffle": True}
+        samples = min(self.order.size, self.batches * self.batch_size)
+        source = {"seed": self.order.seed, "samples": samples, "batch_size": self.batch_size, "shuffle": True}
         return {
             "kind": "GlobalOrderSource",
-            "batches": self.steps_per_epoch,
+            "batches": self.batches,
             "source": {**source, "generators": []},
             "random": None,
         }
@@ -80,9 +110,9 @@ class PlainData:
         self.order.seed = state["source"]["seed"]
 
 
-def plain_counted(loader: Iterable[Any]) -> Iterator[tuple[Any, int]]:
+def plain_counted(loader: Iterable[Any], limit: int | None) -> Iterator[tuple[Any, int]]:
     """Yield batches, each with its size."""
-    for batch in loader:
+    for batch in loader if limit is None else itertools.islice(loader, limit):
         yield batch, count_samples(batch)
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from torch import nn
+
+from sheer.events import Events
 from sheer.metrics import Media
 from sheer.run import Run
 from sheer.signals import EXIT_STATUS
@@ -75,6 +78,26 @@ def plain_run_dir(name: str) -> Path:
     return Path("runs") / name / time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
+def plain_folder(run_dir: Path, goes_on: bool) -> Path:
+    """Make the folder of a run; one that is there is refused, unless the run goes on."""
+    run_dir.mkdir(parents=True, exist_ok=goes_on)
+    return run_dir
+
+
+@contextmanager
+def plain_eval_mode(model: nn.Module, events: Events) -> Iterator[None]:
+    """Put the model in eval mode, and then each of its parts back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    for starting in events.evaluation_start:
+        starting.on_evaluation_start(model)
+    yield
+    for ending in reversed(events.evaluation_end):
+        ending.on_evaluation_end(model)
+    for module in training:
+        module.training = True
+
+
 class PlainStopSignals:
     """While entered, Ctrl-C and SIGTERM are remembered in `received`; the second leaves at once."""
 
@@ -98,7 +121,7 @@ class PlainStopSignals:
         self.received = signal.Signals(number).name
 
 
-def plain_leave(signals: PlainStopSignals) -> None:
+def plain_leave(run: Run, signals: PlainStopSignals) -> None:
     """End the process if it was told to; a scheduler may start it again."""
     if signals.received is not None:
         raise SystemExit(EXIT_STATUS)

@@ -1,0 +1,150 @@
+"""Constants that reach objects: arguments that are the same in all calls of a method, attributes that never change."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Set
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sheer.eject.fold import Known, fold
+from sheer.eject.program import Program, arguments_of, drop_parameter
+from sheer.eject.records import fields_of, holders_of
+from sheer.eject.scope import assignments, default_of, parameters, walk
+
+_OTHERS = (dict, list, set, str, bytes, tuple, Path, torch.Tensor, nn.Module, torch.optim.Optimizer)
+
+
+def bind_methods(program: Program, known: Known) -> None:
+    """Put arguments that are the same constant in all calls of a method, or of a constructor, into the method itself."""
+    for node in list(program.nodes.values()):
+        if not isinstance(node, ast.ClassDef) or node.name in program.roots:
+            continue
+        for method in (m for m in node.body if isinstance(m, ast.FunctionDef) and not m.decorator_list):
+            calls = _calls(program, node, method)
+            if calls:
+                own = method.args.args.pop(0)
+                _bind(method, calls, known)
+                method.args.args.insert(0, own)
+
+
+def _calls(program: Program, node: ast.ClassDef, method: ast.FunctionDef) -> list[ast.Call] | None:
+    """Return all calls of a method; None where they cannot be told from others, or it is used as a value."""
+    if method.name == "__init__":
+        return [
+            n
+            for n in walk(program.nodes.values())
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == node.name
+        ]
+    if method.name.startswith("__"):
+        return None
+    calls: list[ast.Call] = []
+    others = sum(f.name == method.name for f in program.functions()) > 1 or any(
+        hasattr(k, method.name) for k in _OTHERS
+    )
+    for function in program.functions():
+        uses = [n for n in walk(function.body) if isinstance(n, ast.Attribute) and n.attr == method.name]
+        own = [n for n in uses if _is_of(program, function, n.value, node.name)]
+        called = [n for n in walk(function.body) if isinstance(n, ast.Call) and any(n.func is use for use in own)]
+        if len(called) != len(own) or (len(own) != len(uses) and not others):
+            return None
+        calls += called
+    return calls
+
+
+def _is_of(program: Program, function: ast.FunctionDef, value: ast.expr, name: str) -> bool:
+    """Whether an expression is an object of a class, by the types of parameters and fields."""
+    if isinstance(value, ast.Name):
+        return value.id in holders_of(program, function, name)
+    if not isinstance(value, ast.Attribute):
+        return False
+    return any(
+        isinstance(owner, ast.ClassDef)
+        and value.attr in fields_of(owner)
+        and ast.unparse(fields_of(owner)[value.attr].annotation) == name
+        and _is_of(program, function, value.value, owner.name)
+        for owner in program.nodes.values()
+    )
+
+
+def _bind(method: ast.FunctionDef, calls: list[ast.Call], known: Known) -> None:
+    for parameter in parameters(method):
+        passed = [arguments_of(call, method) for call in calls]
+        given = [None if p is None else p.get(parameter.arg, default_of(method, parameter.arg)) for p in passed]
+        first = given[0]
+        if first is None or any(value is None or ast.dump(value) != ast.dump(first) for value in given):
+            continue
+        if assignments(method.body)[parameter.arg]:
+            if not (isinstance(first, ast.Constant) and first.value is None and _only_cleared(method, parameter.arg)):
+                continue
+            method.body = [_Uncleared(parameter.arg).visit(statement) for statement in method.body]
+        if isinstance(first, ast.Constant) or (isinstance(first, ast.Name) and first.id in known.constants):
+            method.body = fold(method.body, Known({parameter.arg: first}, constants=known.constants)) or [ast.Pass()]
+            drop_parameter(method, calls, parameter.arg)
+
+
+def _only_cleared(method: ast.FunctionDef, name: str) -> bool:
+    """Whether all that is ever assigned to a name is None."""
+    cleared = [
+        n
+        for n in walk(method.body)
+        if isinstance(n, ast.Assign) and ast.dump(n.targets[0]) == ast.dump(ast.Name(name, ast.Store()))
+    ]
+    return len(cleared) == assignments(method.body)[name] and all(
+        isinstance(n.value, ast.Constant) and n.value.value is None for n in cleared
+    )
+
+
+class _Uncleared(ast.NodeTransformer):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def visit_Assign(self, node: ast.Assign) -> ast.stmt:
+        target = node.targets[0]
+        return ast.Pass() if isinstance(target, ast.Name) and target.id == self.name else node
+
+
+def fold_attributes(program: Program, known: Known) -> None:
+    """Put attributes that are given one constant, and never another, where they are read."""
+    stored = [
+        n.attr for n in walk(program.nodes.values()) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)
+    ]
+    for node in list(program.nodes.values()):
+        if not isinstance(node, ast.ClassDef) or node.name in program.roots or _sets_by_name(node):
+            continue
+        for name, value in [*_set_in_init(node), *_defaults(program, node)]:
+            constant = isinstance(value, ast.Constant) or (isinstance(value, ast.Name) and value.id in known.constants)
+            if constant and stored.count(name) <= (name not in fields_of(node)):
+                for function in program.functions():
+                    for holder in holders_of(program, function, node.name) + ["self"] * (function in node.body):
+                        function.body = fold(function.body, Known({f"{holder}.{name}": value})) or [ast.Pass()]
+
+
+def _sets_by_name(node: ast.ClassDef) -> bool:
+    return any(isinstance(n, ast.Name) and n.id == "setattr" for n in ast.walk(node))
+
+
+def _set_in_init(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
+    """Yield what a constructor always gives to attributes."""
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+            for statement in method.body:
+                if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Attribute):
+                    yield statement.targets[0].attr, statement.value
+                elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Attribute):
+                    yield statement.target.attr, statement.value or ast.Name("unknown", ast.Load())
+
+
+def _defaults(program: Program, node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
+    """Yield the defaults of a dataclass's fields that no call of its constructor gives."""
+    given: Set[str] = {
+        keyword.arg or ""
+        for call in walk(program.nodes.values())
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == node.name
+        for keyword in call.keywords
+    }
+    for name, field in fields_of(node).items():
+        if field.value is not None and name not in given:
+            yield name, field.value

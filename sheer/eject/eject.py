@@ -1,0 +1,99 @@
+"""`sheer eject`: from a script that trains with the library to one that does so without it."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import sheer
+from sheer.eject import emit
+from sheer.eject.capture import capture
+from sheer.eject.entry import prepared
+from sheer.eject.facts import Facts
+from sheer.eject.knowledge import RECORDS, constant_name, knowledge_of
+from sheer.eject.program import Program, Refusal
+from sheer.eject.rewrite import Rewrite
+from sheer.eject.script import Script
+from sheer.eject.source import Definition, read_library
+from sheer.eject.specialise import specialise
+
+CHECKING = ("check_loader", "check_arguments", "check_loggers", "check_parameters", "check_device")
+
+
+def eject(path: Path, arguments: Sequence[str]) -> str:
+    """Return the text of a script that does what `path` does, without the library.
+
+    Raises:
+        Refusal: something in it cannot be ejected; the message says what, and where.
+    """
+    facts = capture(path, arguments)
+    script = Script(Path(facts.file), Path(facts.file).read_text())
+    return ejected(script, facts)
+
+
+def ejected(script: Script, facts: Facts) -> str:
+    """Return the text of a script whose call was captured."""
+    library = read_library(Path(sheer.__file__).parent)
+    rewrite = Rewrite(script, facts)
+    facts = rewrite.facts
+    checks = {d.name for d in library.values() if d.module in ("sheer.checks", "sheer.announce")} | set(CHECKING)
+    tables = {
+        name: d.node.value
+        for name, d in library.items()
+        if isinstance(d.node, (ast.Assign, ast.AnnAssign)) and isinstance(d.node.value, ast.Dict)
+    }
+    knowledge = knowledge_of(facts, frozenset(checks), tables)
+    program = Program(library, {"fit", *rewrite.classes()}, knowledge.twins)
+    program.nodes = {"fit": copy.deepcopy(library["fit"].node)}
+    fit = program.nodes["fit"]
+    assert isinstance(fit, ast.FunctionDef)
+    prepared(fit, facts, rewrite.returned())
+    specialise(program, knowledge.known, RECORDS, knowledge.needless, script.attributes())
+    return assembled(script, rewrite, program, library, knowledge.settings, facts)
+
+
+def assembled(
+    script: Script,
+    rewrite: Rewrite,
+    program: Program,
+    library: dict[str, Definition],
+    settings: dict[str, object] | object,
+    facts: Facts,
+) -> str:
+    """Put the definitions into the script, and its calls in their place."""
+    assert isinstance(settings, dict)
+    names = emit.own_names(program, script.names() - rewrite.freed())
+    fit = program.nodes["fit"]
+    assert isinstance(fit, ast.FunctionDef)
+    emit.rename(program, names)
+    roots = [*(names[name] for name in rewrite.classes()), names["fit"]]
+    nodes = emit.in_order(program, roots)
+    constants = emit.constants_of(nodes, settings, emit.comments_of(library, constant_name))
+    imports = emit.imports_of(nodes, library, [name.split(" = ")[0] for name in constants])
+    have = script.import_statements()
+    new_imports = [statement for statement in imports if statement not in have]
+    block = emit.formatted("\n".join([*constants, "", "", emit.written(nodes)]))
+    rewrite.edit(fit, names)
+    text = script.with_block(head(facts), emit.sorted_imports(new_imports), block)
+    refuse_traces(script, text)
+    return text
+
+
+def head(facts: Facts) -> str:
+    """Return the comment that an ejected file begins with."""
+    return (
+        f"# Made by `sheer eject` {sheer.__version__} from {Path(facts.file).name}, with these settings:\n"
+        f"# {emit.described(facts.settings)}.\n"
+        "# Checks of the input are left out: they were passed when this was made. Sheer's code is under the Apache License 2.0; this\n"
+        "# file is yours, to change as you like.\n"
+    )
+
+
+def refuse_traces(script: Script, text: str) -> None:
+    """Raise `Refusal` where a script still speaks of the library."""
+    left = [number for number, line in enumerate(text.splitlines(), 1) if "sheer." in line.split("#")[0]]
+    if left:
+        line = text.splitlines()[left[0] - 1].strip()
+        raise Refusal(f"{script.path}: {line!r} cannot be ejected yet.")

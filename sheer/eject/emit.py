@@ -1,0 +1,162 @@
+"""From a specialised program to the text of a script."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+from sheer.eject.program import BUILTINS, Program, Refusal, free_names
+from sheer.eject.scope import walk
+from sheer.eject.source import Definition, notes_of, unparse
+from sheer.settings import Checkpoint, Settings
+
+ERRORS = {
+    "NonFiniteError": "FloatingPointError",
+    "RunError": "RuntimeError",
+    "DataError": "ValueError",
+    "StepError": "TypeError",
+    "SettingsError": "ValueError",
+    "ModelError": "ValueError",
+    "SheerWarning": "UserWarning",
+}
+
+
+def own_names(program: Program, taken: Iterable[str]) -> dict[str, str]:
+    """Return what definitions are called in the script: twins without their prefix, and nothing that is taken."""
+    names: dict[str, str] = {}
+    used = set(taken) | BUILTINS
+    for name in program.nodes:
+        plain = re.sub(r"^(_?)(Plain|plain_)", r"\1", name)
+        plain = plain.lstrip("_") or plain
+        new = plain if plain not in used else name if name not in used else f"sheer_{plain}".replace("sheer_", "run_")
+        names[name] = new
+        used.add(new)
+    return names
+
+
+def rename(program: Program, names: Mapping[str, str]) -> None:
+    """Give definitions other names, in themselves and wherever they are used."""
+    for node in walk(list(program.nodes.values())):
+        if isinstance(node, ast.Name) and node.id in names:
+            node.id = names[node.id]
+        elif (
+            isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in names and node in program.nodes.values()
+        ):
+            node.name = names[node.name]
+    program.nodes = {names.get(name, name): node for name, node in program.nodes.items()}
+
+
+def in_order(program: Program, roots: Sequence[str]) -> list[ast.stmt]:
+    """Return the definitions so that each stands before what uses it, the roots last."""
+    done: dict[str, ast.stmt] = {}
+    for root in roots:
+        _place(program, root, done, ())
+    return list(done.values())
+
+
+def _place(program: Program, name: str, done: dict[str, ast.stmt], above: tuple[str, ...]) -> None:
+    if name in done or name in above:
+        return
+    node = program.nodes[name]
+    for used in free_names(node):
+        if used in program.nodes and used != name:
+            _place(program, used, done, (*above, name))
+    done[name] = node
+
+
+def imports_of(nodes: Sequence[ast.stmt], library: Mapping[str, Definition], known: Iterable[str]) -> list[str]:
+    """Return the import statements for names that definitions use and neither they nor the script have."""
+    available: dict[str, str] = {}
+    for definition in library.values():
+        for name, statement in definition.imports.items():
+            if "sheer" not in statement:
+                available.setdefault(name, statement)
+    defined = {name for node in nodes for name in _defined(node)} | set(known)
+    needed = [name for node in nodes for name in free_names(node) if name not in defined and name not in BUILTINS]
+    missing = [name for name in dict.fromkeys(needed) if name not in available]
+    if missing:
+        raise Refusal(
+            f"The ejected script would use {', '.join(missing)}, which it does not define. Please report this."
+        )
+    return [available[name] for name in dict.fromkeys(needed)]
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def constants_of(nodes: Sequence[ast.stmt], settings: Mapping[str, object], comments: Mapping[str, str]) -> list[str]:
+    """Return the assignments of the settings that are read, each with what it means."""
+    used = {node.id for node in walk(nodes) if isinstance(node, ast.Name)}
+    return [f"{name} = {value!r}  {comments[name]}" for name, value in settings.items() if name in used]
+
+
+def comments_of(library: Mapping[str, Definition], constant_name: object) -> dict[str, str]:
+    """Return what is written beside each setting."""
+    out: dict[str, str] = {}
+    for owner, prefix in (("Settings", ""), ("Checkpoint", "checkpoint.")):
+        node = library[owner].node
+        for part in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                out[constant_name(prefix + part.target.id)] = notes_of(part).behind or ""  # type: ignore[operator]
+    return out
+
+
+def described(settings: Mapping[str, object]) -> str:
+    """Return the settings that are not the defaults, as they are written."""
+    defaults = dataclasses.asdict(Settings())
+    said = []
+    for name, value in settings.items():
+        if name == "checkpoint" and isinstance(value, dict):
+            own = [f"{k}={v!r}" for k, v in value.items() if v != getattr(Checkpoint(), k)]
+            said.append(f"checkpoint=Checkpoint({', '.join(own)})")
+        elif value != defaults[name]:
+            said.append(f"{name}={'False' if name == 'checkpoint' else repr(value)}")
+    return ", ".join(said)
+
+
+def written(nodes: Sequence[ast.stmt]) -> str:
+    """Return definitions as text, two empty lines apart."""
+    return "\n\n\n".join(unparse([node]).strip() for node in nodes)
+
+
+def sorted_imports(statements: Sequence[str]) -> str:
+    """Return import statements sorted, those from one module together."""
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--isolated",
+        "--select",
+        "I",
+        "--fix",
+        "--quiet",
+        "--line-length",
+        "120",
+        "-",
+    ]
+    text = "\n".join(statements) + "\n"
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=False).stdout
+
+
+def formatted(text: str) -> str:
+    """Return Python in the layout of ruff.
+
+    Raises:
+        Refusal: ruff is not installed.
+    """
+    command = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", "120", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Refusal(
+            f"ruff could not format what was made: {done.stderr.strip()} Install it: pip install 'sheer[eject]'."
+        )
+    return done.stdout

@@ -1,0 +1,239 @@
+"""What the ejector knows of the library: what a script's settings and objects decide, and which parts have plain twins."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sheer.eject.drop import Needless
+from sheer.eject.facts import Facts
+from sheer.eject.fold import Known
+from sheer.settings import Checkpoint, Settings
+
+Answer = Callable[[ast.Call], ast.expr | None]
+
+RECORDS = ("Plugins", "Compute", "Evaluation", "Events", "RunInfo", "PlainLength", "Run", "Progress")
+INPUT_ERRORS = frozenset({"SettingsError", "StepError", "ModelError", "DataError", "MissingPackageError"})
+CHECKS = frozenset(
+    {
+        "check_first_gradients", "refuse_closure", "refuse_other_schedulers", "refuse_another_optimizer", "refuse_differences", "warn_of_changes", "run.console.say",
+        "run.loggers.log_media",
+    }
+)  # fmt: skip
+ERRORS = {"NonFiniteError": "FloatingPointError", "RunError": "RuntimeError", "SheerWarning": "UserWarning"}
+
+# Definitions, and what an ejected script gets in their place.
+TWINS = {
+    "Metrics": "PlainMetrics",
+    "seed_everything": "plain_seed_everything",
+    "eval_mode": "plain_eval_mode",
+    "StopSignals": "PlainStopSignals",
+    "leave_if_told": "plain_leave",
+    "counted_batches": "plain_counted",
+    "write_checkpoint": "plain_write_checkpoint",
+    "committed": "plain_committed",
+    "newest_good": "plain_newest_good",
+    "load_model": "plain_load_model",
+    "prune": "plain_prune",
+    "encode": "plain_encode",
+    "decode": "plain_decode",
+    "Session": "plain_session",
+}
+
+
+def parsed(text: str) -> ast.expr:
+    """Return an expression as a tree."""
+    return ast.parse(text, mode="eval").body
+
+
+def constant_name(name: str) -> str:
+    """Return the name of the constant for a setting: `checkpoint.every_n_steps` becomes CHECKPOINT_EVERY_N_STEPS."""
+    return name.replace("checkpoint.keep", "keep").replace(".", "_").upper()
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What specialising starts from."""
+
+    known: Known
+    twins: Mapping[str, str]
+    needless: Needless
+    settings: Mapping[str, Any] = field(default_factory=dict)  # by the names of their constants
+
+
+def knowledge_of(facts: Facts, library_checks: frozenset[str], tables: Mapping[str, ast.Dict]) -> Knowledge:
+    """Return what a script's settings and objects decide."""
+    values, settings = settings_of(facts)
+    saves = facts.settings["checkpoint"] is not None
+    present = {f"cfg.{name}" for name, value in values.items() if value is not None}
+    plain_metrics = "media" not in facts.uses and "computed" not in facts.uses
+    answers = answers_of(facts)
+    absent = {"Image", "Text", "Figure"} if "media" not in facts.uses else set()
+    absent |= {"Computed"} if "computed" not in facts.uses else set()
+    absent |= {"Mean"} if "Mean" not in facts.uses else set()
+    absent |= set() if facts.plateau else {"ReduceLROnPlateau"}
+    always = {"Optimizer"} | ({"ReduceLROnPlateau"} if facts.plateau else set())
+    kinds = {"loss": "Tensor"} if "Mean" not in facts.uses else {}
+    if facts.returns:
+        kinds["output"] = facts.returns
+    calls = CHECKS | library_checks
+    known: dict[str, ast.expr] = {f"cfg.{name}": value for name, value in values.items()}
+    known["plugins.callbacks"] = ast.Tuple([ast.Name(c.label, ast.Load()) for c in facts.callbacks], ast.Load())
+    known["plugins.loggers"] = ast.Tuple([ast.Name(c.label, ast.Load()) for c in facts.loggers], ast.Load())
+    known["plugins.hparams"] = ast.Name("hparams", ast.Load()) if facts.has_hparams else ast.Constant(None)
+    if facts.is_training:
+        known["model.training"] = ast.Constant(True)
+    known["run.loggers.loggers"] = parsed("run.loggers")
+    known |= {name: ast.Constant(None) for name in facts.none}
+    if facts.settings["checkpoint"] is None:
+        known["signals.received"] = ast.Constant(None)
+        calls |= {"leave_if_told"}
+    present |= {
+        *(["cfg.checkpoint"] if saves else []),
+        "run.data",
+        "data",
+        "train.steps_per_epoch",
+        "data.steps_per_epoch",
+        *(n for n in ("val_loader", "scheduler", "make_scheduler", "make_scheduler()") if n not in facts.none),
+    }
+    if facts.plain_data and facts.settings["checkpoint"] is None:
+        present |= {"run.data"}
+    return Knowledge(
+        Known(known, frozenset(present), frozenset(absent), frozenset(always), answers, settings, kinds, tables),
+        {name: twin for name, twin in TWINS.items() if plain_metrics or name != "Metrics"}
+        | batch_twins(facts)
+        | ({"TrainingData": data_twin(facts)} if facts.plain_data else {}),
+        Needless(frozenset(calls), frozenset({"_Place"}), INPUT_ERRORS),
+        settings,
+    )
+
+
+def data_twin(facts: Facts) -> str:
+    """Return the class that stands for the training data."""
+    return "PlainLength" if facts.settings["checkpoint"] is None and facts.settings["resume"] is None else "PlainData"
+
+
+def batch_twins(facts: Facts) -> dict[str, str]:
+    """Return what moves and counts batches of the structure that the loader gives."""
+    if facts.batch not in ("list", "dict", "tensor"):
+        return {}
+    return {"move": f"moved_{facts.batch}", "count_samples": f"size_of_{facts.batch}"}
+
+
+def settings_of(facts: Facts) -> tuple[dict[str, ast.expr], dict[str, Any]]:
+    """Return what stands for each setting, and the values of the constants among them."""
+    values: dict[str, ast.expr] = {}
+    constants: dict[str, Any] = {}
+    flat = {f.name: facts.settings[f.name] for f in dataclasses.fields(Settings) if f.name != "checkpoint"}
+    saves = facts.settings["checkpoint"]
+    values["checkpoint"] = ast.Constant(None)
+    if saves is not None:
+        flat |= {f"checkpoint.{f.name}": saves[f.name] for f in dataclasses.fields(Checkpoint)}
+        del values["checkpoint"]
+    for name, value in flat.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_off = value in (0, 1) and name in (
+            "overfit_batches",
+            "accumulate_grad_batches",
+            "fast_dev_run",
+            "checkpoint.keep_best",
+        )
+        if (is_number and not is_off) or (
+            (isinstance(value, str) and name in ("monitor", "run_dir"))
+            or (name == "resume" and value not in (None, "auto"))
+        ):
+            constants[constant_name(name)] = value
+            values[name] = ast.Name(constant_name(name), ast.Load())
+        else:
+            values[name] = ast.Constant(value)
+    return values, constants
+
+
+def answers_of(facts: Facts) -> dict[str, Answer]:
+    """Return what some calls give, as expressions."""
+    events = {
+        event: ", ".join(c.label for c in facts.callbacks if event in c.events)
+        for event in dict.fromkeys(event for c in facts.callbacks for event in c.events)
+    }
+    shown = ", ".join(f"{event}=({labels},)" for event, labels in events.items())
+    stateful = ", ".join(f"{c.state_name!r}: {c.label}" for c in facts.callbacks if c.has_state)
+    loggers = ", ".join(f"{logger.label}," for logger in facts.loggers)
+    answers: dict[str, Answer] = {
+        "takes_step_number": lambda call: ast.Constant(
+            ("eval_step" if len(call.args) > 1 else "step") in facts.numbered
+        ),
+        "events_of": lambda call: parsed(f"Events({shown})"),
+        "named": lambda call: parsed(f"{{{stateful}}}"),
+        "as_mapping": lambda call: parsed("hparams" if facts.has_hparams else "{}"),
+        "choose_run_dir": lambda call: chosen_folder(facts),
+        "run_record": lambda call: parsed("{'id': run_id}"),
+        "dataclasses.asdict": lambda call: parsed("{}"),
+        "loggers_of": lambda call: parsed(f"({loggers})"),
+        "console_of": lambda call: ast.Constant(None),
+        "run.loggers.log": lambda call: ast.Call(parsed("plain_log"), [parsed("run"), *call.args], []),
+        "run.console.log": lambda call: ast.Call(parsed("plain_console_log"), call.args, []),
+        "run.loggers.state_dict": lambda call: parsed("plain_logger_states(run)"),
+        "run.loggers.load_state_dict": lambda call: ast.Call(
+            parsed("plain_load_loggers"), [parsed("run"), *call.args], []
+        ),
+        "Watch": lambda call: parsed("[]"),
+        "run.watch.add": watched,
+        "run.watch.check": lambda call: parsed("plain_check(run.watch)"),
+        "run.metrics.take_media": lambda call: parsed("{}"),
+        "metrics.take_media": lambda call: parsed("{}"),
+        "run.metrics.set_aside": lambda call: parsed("[]"),
+        "compute.prepared": lambda call: ast.Call(parsed("move"), [*call.args, parsed("compute.device")], []),
+        "named_loaders": lambda call: named_loaders_of(facts, call),
+        "build_optimizer": lambda call: built(call.args[1], call.args[:1]),
+        "build_scheduler": lambda call: built(call.args[0], call.args[1:]),
+        "are_made_here": lambda call: ast.Constant("scheduler" in facts.functions),
+        "averaging_of": lambda call: parsed(next((c.label for c in facts.callbacks if c.averages), "None")),
+    }
+    if not facts.loggers:
+        answers["Session"] = answers["plain_session"] = lambda call: parsed("nullcontext()")
+    if facts.settings["checkpoint"] is None:
+        answers["StopSignals"] = answers["PlainStopSignals"] = lambda call: parsed("nullcontext()")
+    return answers
+
+
+def chosen_folder(facts: Facts) -> ast.expr:
+    """Return the folder of the run."""
+    goes_on = facts.settings["resume"] == "auto"
+    named = facts.settings["run_dir"] is not None
+    folder = "Path(RUN_DIR)" if named else f"plain_run_dir({Path(facts.file).stem!r})"
+    return parsed(f"plain_folder({folder}, {goes_on})")
+
+
+def watched(call: ast.Call) -> ast.expr:
+    """Return what keeps a loss or a norm to be tested: losses with their gradients' graphs gone."""
+    step, what, value = call.args
+    return parsed(
+        f"run.watch.append(({ast.unparse(step)}, {ast.unparse(what)}, {ast.unparse(value)}.detach().clone()))"
+    )
+
+
+def built(made: ast.expr, arguments: list[ast.expr]) -> ast.expr | None:
+    """Return what a user passed: an object, or what a function makes."""
+    name = made.id if isinstance(made, ast.Name) else ""
+    if name.startswith("make_"):
+        return ast.Call(made, arguments, [])
+    return made if name in ("optimizer", "scheduler") else None
+
+
+def named_loaders_of(facts: Facts, call: ast.Call) -> ast.expr:
+    """Return the loaders of a validation with the parts of a name that they add."""
+    loaders = ast.unparse(call.args[0])
+    if facts.val_names is None:
+        return parsed(f"[('', {loaders})]")
+    pairs = [f"({f'{name}/'!r}, {loaders}[{name!r}])" for name in facts.val_names]
+    return parsed(f"[{', '.join(pairs)}]")
+
+
+def label_of(name: str) -> str:
+    """Return a class's name as that of a variable."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

@@ -1,0 +1,140 @@
+"""The last touches: names without numbers, values where they are used once, no word too many."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from sheer.eject.fold import dotted, is_constant
+from sheer.eject.program import BUILTINS, Program, arguments_of
+from sheer.eject.scope import assignments, bound_in, parameters, reads, renamed, substituted, walk
+
+
+def tidy_names(program: Program) -> None:
+    """Take the number off names that only a function inlined elsewhere, or a record, had made necessary."""
+    for function in program.functions():
+        for name in sorted(bound_in(function)):
+            stem = re.sub(r"(_\d+)+$", "", name)
+            free = stem not in bound_in(function) and stem not in reads([function]) and stem not in BUILTINS
+            if stem != name and free:
+                for parameter in parameters(function):
+                    parameter.arg = stem if parameter.arg == name else parameter.arg
+                function.body = renamed(function.body, {name: stem})
+
+
+def use_directly(program: Program) -> None:
+    """Put numbers that are computed once and used once, in the same run of statements, where they are used."""
+    for function in program.functions():
+        for body in _bodies(function):
+            for index, statement in enumerate(body):
+                if _is_computed_once(statement, function) and _moved(body, index, function):
+                    break
+
+
+def _bodies(function: ast.FunctionDef) -> list[list[ast.stmt]]:
+    found = [getattr(node, field, None) for node in ast.walk(function) for field in ("body", "orelse", "finalbody")]
+    return [body for body in found if isinstance(body, list)]
+
+
+def _is_computed_once(statement: ast.stmt, function: ast.FunctionDef) -> bool:
+    """Whether a statement names a number that is made of others, by arithmetic and lengths, and means the same anywhere."""
+    if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+        return False
+    count = assignments(function.body)
+    for part in ast.walk(statement.value):
+        known = isinstance(part, (ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop, ast.expr_context))
+        length = isinstance(part, ast.Call) and dotted(part.func) == "len"
+        if not (known or length or (isinstance(part, ast.Name) and count[part.id] <= 1)):
+            return False
+    return isinstance(statement.value, (ast.BinOp, ast.Call)) and count[statement.targets[0].id] == 1
+
+
+def _moved(body: list[ast.stmt], index: int, function: ast.FunctionDef) -> bool:
+    statement = body[index]
+    assert isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+    name = statement.targets[0].id
+    if reads(function.body)[name] != 1:
+        return False
+    for later in range(index + 1, len(body)):
+        target = body[later]
+        simple = isinstance(target, (ast.Assign, ast.Expr, ast.Return, ast.AugAssign))
+        if (
+            simple
+            and reads([target])[name]
+            and not any(isinstance(n, (ast.ListComp, ast.DictComp)) for n in ast.walk(target))
+        ):
+            body[later : later + 1] = substituted([target], {name: statement.value})
+            del body[index]
+            return True
+    return False
+
+
+def make_flags(program: Program) -> None:
+    """Turn locals that are a string or None, and are only asked whether they are None, into the question itself."""
+    for function in program.functions():
+        given: dict[str, list[ast.Assign]] = {}
+        for node in walk(function.body):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                given.setdefault(node.targets[0].id, []).append(node)
+        for name, assigned in given.items():
+            tests = [n for n in walk(function.body) if isinstance(n, ast.Compare) and _asks(n, name)]
+            if len(assigned) == assignments(function.body)[name] == 1 and len(tests) == reads(function.body)[name]:
+                value = assigned[0].value
+                if isinstance(value, ast.IfExp) and is_constant(value.orelse, None) and is_constant(value.body):
+                    assigned[0].value = value.test
+                    function.body = [_Asked(name).visit(statement) for statement in function.body]
+
+
+def _asks(node: ast.Compare, name: str) -> bool:
+    return (
+        isinstance(node.left, ast.Name)
+        and node.left.id == name
+        and isinstance(node.ops[0], (ast.Is, ast.IsNot))
+        and is_constant(node.comparators[0], None)
+    )
+
+
+class _Asked(ast.NodeTransformer):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        self.generic_visit(node)
+        if not _asks(node, self.name):
+            return node
+        return node.left if isinstance(node.ops[0], ast.IsNot) else ast.UnaryOp(ast.Not(), node.left)
+
+
+def drop_constants(program: Program) -> None:
+    """Leave out statements that are only a constant, but for docstrings."""
+    for function in program.functions():
+        for body in _bodies(function):
+            if body:
+                kept = [s for i, s in enumerate(body) if not _is_idle_constant(s, body is function.body and i == 0)]
+                body[:] = kept or [ast.Pass()]
+
+
+def _is_idle_constant(statement: ast.stmt, may_be_docstring: bool) -> bool:
+    if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
+        return False
+    return not (may_be_docstring and isinstance(statement.value.value, str))
+
+
+def pass_by_the_same_name(program: Program) -> None:
+    """Give a parameter the name of what all calls pass for it, where that is one name and not taken."""
+    for name in list(program.nodes):
+        function = program.function(name)
+        calls = program.calls(name) if function is not None and name not in program.roots else None
+        if function is None or not calls:
+            continue
+        for parameter in parameters(function):
+            passed = {
+                ast.unparse((arguments_of(call, function) or {}).get(parameter.arg) or ast.Constant(0))
+                for call in calls
+            }
+            new = passed.pop() if len(passed) == 1 else ""
+            taken = bound_in(function) | set(reads(function.body)) | set(program.nodes)
+            keywords = {keyword.arg for call in calls for keyword in call.keywords}
+            if new.isidentifier() and new not in taken and new not in BUILTINS and parameter.arg not in keywords:
+                function.body = renamed(function.body, {parameter.arg: new})
+                parameter.arg = new
