@@ -39,7 +39,7 @@ class Compute:
 class Evaluation:
     """What `evaluate` is to do: which step over which loaders, and what its metrics are called."""
 
-    step_function: Callable[..., Any]
+    step_function: Any
     loaders: Any  # one loader, or a mapping of names to loaders
     prefix: str  # "val" or "test"
     limit: int | float | None = None  # batches of each loader, or a share of them

@@ -63,7 +63,7 @@ class Settings:
     deterministic: bool = False  # only deterministic algorithms; an operation that has none is an error
     detect_anomaly: bool = False  # let autograd name the operation that made a NaN; slow
     checkpoint: Checkpoint | None = field(default_factory=Checkpoint)  # when to save and what to keep; None: never
-    run_dir: str | None = None  # the folder of the run; None: runs/<script>/<time>
+    run_dir: str | None = None  # the folder of the run; None: one named by the time, in runs/<script>
     resume: str | None = None  # "auto" goes on where `run_dir` stopped; or a checkpoint's path; None: a new run
 
     def __post_init__(self) -> None:

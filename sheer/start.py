@@ -93,7 +93,7 @@ def start_run(
     set_backends(cfg)
     place_model(model, compute)
     steps = count_steps(cfg, data)
-    built = {name: build_optimizer(model, optimizer) for name, optimizer in optimizers.items()}
+    built = {name: build_optimizer(model, given) for name, given in optimizers.items()}
     check_parameters(model, built)
     scheduled = {name: build_scheduler(s, built[name], steps) for name, s in schedulers.items() if s is not None}
     # As from_pretrained leaves it; parts that were set to eval by hand stay so in a model in train mode.

@@ -134,6 +134,7 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any]) -> Facts:
         functions=tuple(functions),
         plateau=isinstance(scheduler, ReduceLROnPlateau),
         numbered=tuple(name for name, step in steps.items() if takes_step_number(step, model=model)),
+        skips=bool(arguments.get("resume_by_skipping")),
         is_training=model is not None and model.training,
         has_hparams=trainer.plugins.hparams is not None,
         plain_data=is_plain_data(loader, type(source).__name__, trainer.settings),
@@ -207,6 +208,8 @@ def labels_of(objects: list[Any]) -> list[str]:
     labels: list[str] = []
     for value in objects:
         label = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(value).__name__.strip("_")).lower()
+        if label in sys.stdlib_module_names or label in sys.modules:
+            label += "_" if label.endswith("logger") else "_logger"
         labels.append(label if label not in labels else f"{label}_{len(labels) + 1}")
     return labels
 

@@ -70,10 +70,10 @@ def assembled(
     emit.rename(program, names)
     roots = [*(names[name] for name in rewrite.classes()), names["fit"]]
     nodes = emit.in_order(program, roots)
-    constants = emit.constants_of(nodes, settings, emit.comments_of(library, constant_name))
+    constants = emit.constants_of(nodes, settings, emit.comments_of(library, constant_name), Path(facts.file).stem)
     imports = emit.imports_of(nodes, library, [name.split(" = ")[0] for name in constants])
     have = script.import_statements()
-    new_imports = [statement for statement in imports if statement not in have]
+    new_imports = [statement for statement in [*imports, *rewrite.seeds()] if statement not in have]
     block = emit.formatted("\n".join([*constants, "", "", emit.written(nodes)]))
     rewrite.edit(fit, names)
     text = script.with_block(head(facts), emit.sorted_imports(new_imports), block)
@@ -84,10 +84,8 @@ def assembled(
 def head(facts: Facts) -> str:
     """Return the comment that an ejected file begins with."""
     return (
-        f"# Made by `sheer eject` {sheer.__version__} from {Path(facts.file).name}, with these settings:\n"
+        f"# From {Path(facts.file).name}, by `sheer eject` {sheer.__version__} (Apache License 2.0); it is yours, to change as you like. Settings:\n"
         f"# {emit.described(facts.settings)}.\n"
-        "# Checks of the input are left out: they were passed when this was made. Sheer's code is under the Apache License 2.0; this\n"
-        "# file is yours, to change as you like.\n"
     )
 
 

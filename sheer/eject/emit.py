@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from sheer.eject.program import BUILTINS, Program, Refusal, free_names
-from sheer.eject.scope import walk
+from sheer.eject.scope import bound_in, walk
 from sheer.eject.source import Definition, notes_of, unparse
 from sheer.settings import Checkpoint, Settings
 
@@ -28,7 +28,7 @@ ERRORS = {
 def own_names(program: Program, taken: Iterable[str]) -> dict[str, str]:
     """Return what definitions are called in the script: twins without their prefix, and nothing that is taken."""
     names: dict[str, str] = {}
-    used = set(taken) | BUILTINS
+    used = set(taken) | BUILTINS | {name for function in program.functions() for name in bound_in(function)}
     for name in program.nodes:
         plain = re.sub(r"^(_?)(Plain|plain_)", r"\1", name)
         plain = plain.lstrip("_") or plain
@@ -92,10 +92,15 @@ def _defined(node: ast.stmt) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def constants_of(nodes: Sequence[ast.stmt], settings: Mapping[str, object], comments: Mapping[str, str]) -> list[str]:
+def constants_of(
+    nodes: Sequence[ast.stmt], settings: Mapping[str, object], comments: Mapping[str, str], script: str
+) -> list[str]:
     """Return the assignments of the settings that are read, each with what it means."""
     used = {node.id for node in walk(nodes) if isinstance(node, ast.Name)}
-    return [f"{name} = {value!r}  {comments[name]}" for name, value in settings.items() if name in used]
+    written_out = {name: repr(value) for name, value in settings.items()}
+    if "RUN_DIR" not in settings:
+        written_out["RUN_DIR"] = f'time.strftime("runs/{script}/%Y-%m-%d_%H-%M-%S")'
+    return [f"{name} = {value}  {comments[name]}" for name, value in written_out.items() if name in used]
 
 
 def comments_of(library: Mapping[str, Definition], constant_name: object) -> dict[str, str]:
@@ -141,6 +146,8 @@ def sorted_imports(statements: Sequence[str]) -> str:
         "--quiet",
         "--line-length",
         "120",
+        "--config",
+        "lint.isort.no-sections=true",
         "-",
     ]
     text = "\n".join(statements) + "\n"

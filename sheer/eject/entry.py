@@ -12,8 +12,8 @@ from sheer.eject.scope import parameters, substituted, walk
 TYPES = {
     "optimizer": "Optimizer",
     "make_optimizer": "Callable[[nn.Module], Optimizer]",
-    "step_function": "Callable[..., Any]",
-    "eval_function": "Callable[..., Any]",
+    "step_function": "Any",
+    "eval_function": "Any",
 }
 
 

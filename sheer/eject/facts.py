@@ -48,6 +48,7 @@ class Facts:
     plateau: bool = False  # whether the scheduler follows the monitored metric
     numbered: tuple[str, ...] = ()  # of step and eval_step those that take the step's number
     has_hparams: bool = False
+    skips: bool = False  # whether resume_by_skipping was set
     is_training: bool = False  # whether the model is in train mode
     val_names: tuple[str, ...] | None = None  # of a dict of validation loaders
     batch: str = ""  # what a batch is: a "list" or "dict" of tensors, a "tensor"; "" for all else

@@ -313,6 +313,16 @@ class _Folder(ast.NodeTransformer):
             )
         return node
 
+    def visit_Dict(self, node: ast.Dict) -> ast.expr:
+        self.generic_visit(node)
+        keys: list[ast.expr | None] = []
+        values: list[ast.expr] = []
+        for key, value in zip(node.keys, node.values, strict=True):
+            inner = key is None and isinstance(value, ast.Dict)
+            keys += value.keys if inner and isinstance(value, ast.Dict) else [key]
+            values += value.values if inner and isinstance(value, ast.Dict) else [value]
+        return ast.Dict(keys, values)
+
     def visit_DictComp(self, node: ast.DictComp) -> ast.expr:
         rows = self._rows(node)
         if rows is None:

@@ -86,6 +86,8 @@ def knowledge_of(facts: Facts, library_checks: frozenset[str], tables: Mapping[s
     known["plugins.callbacks"] = ast.Tuple([ast.Name(c.label, ast.Load()) for c in facts.callbacks], ast.Load())
     known["plugins.loggers"] = ast.Tuple([ast.Name(c.label, ast.Load()) for c in facts.loggers], ast.Load())
     known["plugins.hparams"] = ast.Name("hparams", ast.Load()) if facts.has_hparams else ast.Constant(None)
+    if not facts.skips:
+        known["resume_by_skipping"] = ast.Constant(False)
     if facts.is_training:
         known["model.training"] = ast.Constant(True)
     known["run.loggers.loggers"] = parsed("run.loggers")
@@ -165,18 +167,18 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
     loggers = ", ".join(f"{logger.label}," for logger in facts.loggers)
     answers: dict[str, Answer] = {
         "takes_step_number": lambda call: ast.Constant(
-            ("eval_step" if len(call.args) > 1 else "step") in facts.numbered
+            ("eval_step" if len(call.args) > 1 and "eval_step" not in facts.none else "step") in facts.numbered
         ),
         "events_of": lambda call: parsed(f"Events({shown})"),
         "named": lambda call: parsed(f"{{{stateful}}}"),
-        "as_mapping": lambda call: parsed("hparams" if facts.has_hparams else "{}"),
+        "as_mapping": lambda call: None if facts.has_hparams else parsed("{}"),
         "choose_run_dir": lambda call: chosen_folder(facts),
         "run_record": lambda call: parsed("{'id': run_id}"),
         "dataclasses.asdict": lambda call: parsed("{}"),
         "loggers_of": lambda call: parsed(f"({loggers})"),
         "console_of": lambda call: ast.Constant(None),
         "run.loggers.log": lambda call: ast.Call(parsed("plain_log"), [parsed("run"), *call.args], []),
-        "run.console.log": lambda call: ast.Call(parsed("plain_console_log"), call.args, []),
+        "run.console.log": lambda call: ast.Call(parsed("plain_console_log"), [call.args[0], parsed("metrics")], []),
         "run.loggers.state_dict": lambda call: parsed("plain_logger_states(run)"),
         "run.loggers.load_state_dict": lambda call: ast.Call(
             parsed("plain_load_loggers"), [parsed("run"), *call.args], []
@@ -204,9 +206,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
 def chosen_folder(facts: Facts) -> ast.expr:
     """Return the folder of the run."""
     goes_on = facts.settings["resume"] == "auto"
-    named = facts.settings["run_dir"] is not None
-    folder = "Path(RUN_DIR)" if named else f"plain_run_dir({Path(facts.file).stem!r})"
-    return parsed(f"plain_folder({folder}, {goes_on})")
+    return parsed(f"plain_folder(Path(RUN_DIR), {goes_on})")
 
 
 def watched(call: ast.Call) -> ast.expr:

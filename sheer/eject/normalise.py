@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 from sheer.eject.fold import dotted, is_pure
-from sheer.eject.program import BUILTINS, Program
+from sheer.eject.program import Program
 from sheer.eject.scope import assignments, bound_in, fresh, parameters, reads, renamed
 from sheer.eject.source import Notes, notes_of, with_notes
 
@@ -94,9 +94,9 @@ def hoisted(body: list[ast.stmt], taken: set[str]) -> list[ast.stmt]:
             for index, item in enumerate(value.values):
                 key = value.keys[index]
                 if isinstance(item, ast.Call) and key is not None and is_pure(key):
-                    made = (dotted(item.func) or "").removeprefix("make_")
-                    stem = made if made.isidentifier() else statement.targets[0].id
-                    name = fresh(statement.targets[0].id if stem in BUILTINS else stem, taken)
+                    function = dotted(item.func) or ""
+                    is_maker = function.startswith("make_") and function.isidentifier()
+                    name = fresh(function.removeprefix("make_") if is_maker else statement.targets[0].id, taken)
                     taken.add(name)
                     out.append(ast.Assign([ast.Name(name, ast.Store())], item))
                     value.values[index] = ast.Name(name, ast.Load())

@@ -78,7 +78,8 @@ def free_names(node: ast.AST) -> list[str]:
     names: dict[str, None] = {}
     for part in node.body if isinstance(node, ast.ClassDef) else [node]:
         own = bound_in(part) if isinstance(part, ast.FunctionDef) else set()
-        names.update({n.id: None for n in ast.walk(part) if isinstance(n, ast.Name) and n.id not in own})
+        read = [n.id for n in ast.walk(part) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+        names.update({name: None for name in read if name not in own})
     if isinstance(node, ast.ClassDef):
         outside = [*node.bases, *node.keywords, *node.decorator_list]
         names.update({n.id: None for n in walk(outside) if isinstance(n, ast.Name)})

@@ -43,7 +43,7 @@ class Rewrite:
         inside = {id(node) for node in ast.walk(self.trainer)}
         names = [name for node, name in self.script.references() if id(node) not in inside]
         names += [plugin.name for plugin in (*self.facts.callbacks, *self.facts.loggers) if plugin.is_ours]
-        return list(dict.fromkeys(name for name in names if name not in ("Trainer", "Checkpoint")))
+        return list(dict.fromkeys(name for name in names if name not in ("Trainer", "Checkpoint", "seed_everything")))
 
     def freed(self) -> set[str]:
         """Return names that the script has for the library, and will not have any more."""
@@ -66,15 +66,34 @@ class Rewrite:
             script.replace(self.making, objects)
         else:
             script.remove(self.making)
-        given = self._given()
+        given = self._given(names)
         missing = [p.arg for p in parameters(fit) if p.arg not in given]
         if missing:
             raise script.refusal(self.call, f"the call gives no {missing[0]}.")
         script.replace(self.call, f"{names['fit']}({', '.join(given[p.arg] for p in parameters(fit))})")
+        inside |= {id(node) for node in ast.walk(self.call)}
         for node, name in script.references():
-            if id(node) not in inside:
+            if id(node) not in inside and not self._seeded(node, name):
                 script.replace(node, names[name])
         script.remove_imports()
+
+    def _seeded(self, node: ast.expr, name: str) -> bool:
+        """Write out the seeding, where it is a statement of its own."""
+        call = self.script.parents[id(node)]
+        statement = self.script.parents[id(call)]
+        if name != "seed_everything" or not isinstance(statement, ast.Expr) or not isinstance(call, ast.Call):
+            return False
+        indent = " " * statement.col_offset
+        given = ", ".join(self.script.source(value) for value in call.args)
+        seeds = [f"{function}({given})" for function in ("random.seed", "np.random.seed", "torch.manual_seed")]
+        self.script.replace(statement, f"\n{indent}".join(seeds))
+        return True
+
+    def seeds(self) -> list[str]:
+        """Return the imports that seeding needs."""
+        if any(name == "seed_everything" for _, name in self.script.references()):
+            return ["import random", "import numpy as np", "import torch"]
+        return []
 
     def _setting_up(self, names: Mapping[str, str]) -> str:
         """Return the statements for the objects that the trainer was given."""
@@ -102,12 +121,14 @@ class Rewrite:
                 text = text.replace(self.script.source(reference), names.get(name, name), 1)
         return text
 
-    def _given(self) -> dict[str, str]:
+    def _given(self, names: Mapping[str, str]) -> dict[str, str]:
         """Return what the call passes, by the names of the parameters of `fit`."""
-        given = {name: self.script.source(value) for name, value in zip(ARGUMENTS, self.call.args, strict=False)}
+        given = {
+            name: self._without_package(value, names) for name, value in zip(ARGUMENTS, self.call.args, strict=False)
+        }
         if any(isinstance(a, ast.Starred) for a in self.call.args) or any(k.arg is None for k in self.call.keywords):
             raise self.script.refusal(self.call, "* and ** hide what is passed. Write the arguments out.")
-        given |= {keyword.arg: self.script.source(keyword.value) for keyword in self.call.keywords if keyword.arg}
+        given |= {k.arg: self._without_package(k.value, names) for k in self.call.keywords if k.arg}
         out = {**given, **{new: given[old] for new, old in PASSED.items() if old in given}}
         out |= {plugin.label: plugin.label for plugin in (*self.facts.callbacks, *self.facts.loggers)}
         return out | ({"hparams": "hparams"} if self.facts.has_hparams else {})

@@ -72,6 +72,7 @@ def reads(nodes: Iterable[ast.AST]) -> Counter[str]:
 def bound_in(function: ast.FunctionDef) -> set[str]:
     """Return all names that are local to a function, those of its comprehensions too."""
     names = {argument.arg for argument in parameters(function)} | set(assignments(function.body))
+    names |= {argument.arg for argument in (function.args.vararg, function.args.kwarg) if argument is not None}
     for node in walk(function.body):
         if isinstance(node, _COMPREHENSIONS):
             for generator in node.generators:

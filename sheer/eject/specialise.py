@@ -14,7 +14,15 @@ from sheer.eject.normalise import normalise
 from sheer.eject.program import Program
 from sheer.eject.propagate import bind_parameters, fold_all, narrow_parameters, unused_parameters
 from sheer.eject.records import explode
-from sheer.eject.tidy import drop_constants, make_flags, pass_by_the_same_name, tidy_names, use_directly
+from sheer.eject.tidy import (
+    drop_constants,
+    make_flags,
+    merge_zeros,
+    pass_directly,
+    pass_by_the_same_name,
+    tidy_names,
+    use_directly,
+)
 from sheer.eject.trim import trim_classes, trim_locals
 
 MOST_INLINED = 14  # statements of a function that is called once; longer ones stay functions
@@ -70,6 +78,8 @@ def specialise(
         use_directly(program)
         program.collect()
     make_flags(program)
+    pass_directly(program)
+    merge_zeros(program)
     tidy_names(program)
     pass_by_the_same_name(program)
     tidy_names(program)

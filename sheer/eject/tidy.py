@@ -42,7 +42,9 @@ def _is_computed_once(statement: ast.stmt, function: ast.FunctionDef) -> bool:
         return False
     count = assignments(function.body)
     for part in ast.walk(statement.value):
-        known = isinstance(part, (ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop, ast.expr_context))
+        known = isinstance(
+            part, (ast.BinOp, ast.UnaryOp, ast.Constant, ast.Subscript, ast.operator, ast.unaryop, ast.expr_context)
+        )
         length = isinstance(part, ast.Call) and dotted(part.func) == "len"
         if not (known or length or (isinstance(part, ast.Name) and count[part.id] <= 1)):
             return False
@@ -67,6 +69,41 @@ def _moved(body: list[ast.stmt], index: int, function: ast.FunctionDef) -> bool:
             del body[index]
             return True
     return False
+
+
+def pass_directly(program: Program) -> None:
+    """Write a value that the next statement passes on, and nothing else uses, where it is passed."""
+    for function in program.functions():
+        for body in _bodies(function):
+            for index in range(len(body) - 2, -1, -1):
+                statement, following = body[index], body[index + 1]
+                if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
+                    continue
+                name = statement.targets[0].id
+                call = following.value if isinstance(following, ast.Expr) else None
+                used_once = reads(function.body)[name] == 1 and assignments(function.body)[name] == 1
+                if not used_once or not isinstance(call, ast.Call) or dotted(call.func) is None:
+                    continue
+                places = [i for i, value in enumerate(call.args) if isinstance(value, ast.Name) and value.id == name]
+                if places and all(isinstance(value, ast.Name) for value in call.args[: places[0]]):
+                    call.args[places[0]] = statement.value
+                    del body[index]
+
+
+def merge_zeros(program: Program) -> None:
+    """Write `a = b = 0` for two such statements in a row."""
+    for function in program.functions():
+        for body in _bodies(function):
+            for index in range(len(body) - 2, -1, -1):
+                one, other = body[index], body[index + 1]
+                if (
+                    isinstance(one, ast.Assign)
+                    and isinstance(other, ast.Assign)
+                    and is_constant(one.value, 0)
+                    and is_constant(other.value, 0)
+                ):
+                    one.targets += other.targets
+                    del body[index + 1]
 
 
 def make_flags(program: Program) -> None:

@@ -112,8 +112,9 @@ def trim_classes(program: Program, kept: Set[str]) -> None:
     for node in program.nodes.values():
         if isinstance(node, ast.ClassDef):
             asked = _is_asked(program, node.name)
+            before = list(fields_of(node))
             node.body = [part for part in node.body if not _is_unread(part, used, asked)] or [ast.Pass()]
-            _trim_constructions(program, node)
+            _trim_constructions(program, node, before)
     for function in program.functions():
         function.body = _UnreadAttributes(program, used).body(function.body) or [ast.Pass()]
 
@@ -161,7 +162,7 @@ def _is_unread(part: ast.stmt, used: Set[str], asked: bool) -> bool:
     return False
 
 
-def _trim_constructions(program: Program, node: ast.ClassDef) -> None:
+def _trim_constructions(program: Program, node: ast.ClassDef, before: list[str]) -> None:
     """Leave out arguments of a dataclass's constructor for fields that are gone."""
     if not any("dataclass" in ast.dump(d) for d in node.decorator_list):
         return
@@ -169,6 +170,7 @@ def _trim_constructions(program: Program, node: ast.ClassDef) -> None:
     for call in (n for n in walk(program.nodes.values()) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)):
         if isinstance(call.func, ast.Name) and call.func.id == node.name:
             call.keywords = [k for k in call.keywords if k.arg in fields or k.arg is None]
+            call.args = [a for a, name in zip(call.args, before, strict=False) if name in fields]
 
 
 class _UnreadAttributes(_Unread):

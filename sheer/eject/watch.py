@@ -6,11 +6,12 @@ It stands alone, since one of the two runs that are compared must not be able to
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
 import json
 import os
 import random
-import re
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -89,6 +90,14 @@ def random_digest() -> str:
     return hashlib.sha256(states.encode() + torch.get_rng_state().numpy().tobytes()).hexdigest()
 
 
+def elsewhere(tree: ast.Module, run_dir: str) -> ast.Module:
+    """Give an ejected script another folder for its run."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "RUN_DIR":
+            node.value = ast.Constant(run_dir)
+    return ast.fix_missing_locations(tree)
+
+
 def main(report: str, updates: str, run_dir: str, blocked: str, script: str, *arguments: str) -> None:
     """Run a script and write the report."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -99,15 +108,20 @@ def main(report: str, updates: str, run_dir: str, blocked: str, script: str, *ar
         sys.meta_path.insert(0, Blocker(blocked))
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).resolve().parent)
-    text = Path(script).read_text()
+    tree = ast.parse(Path(script).read_text())
     if blocked != "-":
-        text = re.sub(r"(?m)^RUN_DIR = .*?(?=  #|$)", f"RUN_DIR = {run_dir!r}", text)
+        tree = elsewhere(tree, run_dir)
+    else:
+        from sheer.launch import overriding
+
+        stack = contextlib.ExitStack()
+        stack.enter_context(overriding({"run_dir": run_dir}))
     module = ModuleType("__main__")
     module.__file__ = script
     sys.modules["__main__"] = module
     ended = False
     try:
-        exec(compile(text, script, "exec"), vars(module))
+        exec(compile(tree, script, "exec"), vars(module))
         ended = True
     except Enough:
         pass

@@ -38,12 +38,9 @@ class PlainLength:
 
 
 def plain_epochs(loader: Any, device: torch.device) -> Iterator[tuple[Any, bool]]:
-    """Yield the batches of epoch after epoch, and whether each is the last of its epoch.
-
-    The order of an epoch depends on the seed and its number alone.
-    """
-    seed, order = torch.initial_seed(), torch.Generator()
-    loader.sampler.generator = order
+    """Yield batches, and whether each ends its epoch, whose order depends on the seed and its number alone."""
+    seed = torch.initial_seed()
+    loader.sampler.generator = order = torch.Generator()
     for epoch in itertools.count():
         order.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
         for number, batch in enumerate(loader, 1):

@@ -73,11 +73,6 @@ def plain_session(run: Run) -> Iterator[None]:
             logger.close()
 
 
-def plain_run_dir(name: str) -> Path:
-    """Return a folder for a run, named by the time."""
-    return Path("runs") / name / time.strftime("%Y-%m-%d_%H-%M-%S")
-
-
 def plain_folder(run_dir: Path, goes_on: bool) -> Path:
     """Make the folder of a run; one that is there is refused, unless the run goes on."""
     run_dir.mkdir(parents=True, exist_ok=goes_on)

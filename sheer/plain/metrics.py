@@ -23,7 +23,8 @@ class PlainMetrics:
     def add(self, output: Any, samples: int, prefix: str = "") -> None:
         """Add what a step returned for a batch of `samples`."""
         for name, value in output.items() if isinstance(output, Mapping) else [("loss", output)]:
-            self.rows.setdefault(prefix + name, []).append((plain_kept(value), samples))
+            kept = plain_kept(value)
+            self.rows.setdefault(prefix + name, []).append((kept, samples))
 
     def read(self) -> dict[str, float]:
         """Return the means, and start anew."""

@@ -1,0 +1,150 @@
+"""Scripts to eject: one small run, with what differs from row to row put in."""
+
+from __future__ import annotations
+
+HEAD = '''"""A small run."""
+
+import sheer
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+sheer.seed_everything(3)
+x = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
+y = (x.sum(1) > 0).long()
+train_loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
+val_loader = DataLoader(TensorDataset(x[:40], y[:40]), batch_size=16)
+model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Dropout(0.2), nn.Linear(12, 2))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def step(model, batch):
+    x, y = batch
+    logits = model(x)
+    return {"loss": F.cross_entropy(logits, y), "accuracy": (logits.argmax(-1) == y).float().mean()}
+
+
+'''
+
+
+def script(settings: str, call: str = "model, step, train_loader, val_loader, optimizer=optimizer", before: str = "") -> str:
+    """Return a script with these settings, this call of fit, and statements before them."""
+    return f"{HEAD}{before}trainer = sheer.Trainer({settings})\ntrainer.fit({call})\n"
+
+
+SCHEDULER = '''def scheduler(optimizer, total_steps):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=total_steps)
+
+
+'''
+CALL = "model, step, train_loader, val_loader, optimizer=optimizer"
+OFF = "checkpoint=False, log_every_n_steps=4"
+
+ROWS: dict[str, str] = {
+    "plain": script(f"max_epochs=2, {OFF}"),
+    "steps": script(f"max_steps=9, {OFF}"),
+    "both durations": script(f"max_steps=9, max_epochs=1, {OFF}"),
+    "time": script(f"max_steps=9, max_time=1000.0, {OFF}"),
+    "bf16": script(f"max_steps=9, precision='bf16-mixed', {OFF}"),
+    "true bf16": script(f"max_steps=9, precision='bf16-true', {OFF}"),
+    "double": script(f"max_steps=9, precision='64-true', {OFF}"),
+    "16-mixed": script(f"max_steps=9, precision='16-mixed', {OFF}"),
+    "norm": script(f"max_steps=9, gradient_clip_val=0.5, {OFF}"),
+    "value": script(f"max_steps=9, gradient_clip_val=0.01, gradient_clip_algorithm='value', {OFF}"),
+    "accumulate": script(f"max_epochs=2, accumulate_grad_batches=4, {OFF}"),
+    "micro": script(f"max_epochs=2, micro_batch_size=5, {OFF}"),
+    "both": script(f"max_epochs=2, accumulate_grad_batches=2, micro_batch_size=5, {OFF}"),
+    "skip": script(f"max_steps=9, nonfinite='skip', {OFF}"),
+    "ignore": script(f"max_steps=9, nonfinite='ignore', {OFF}"),
+    "validate": script(f"max_steps=10, validate_every_n_steps=4, validate_first=True, limit_val_batches=2, {OFF}"),
+    "no validation": script(f"max_steps=9, {OFF}", "model, step, train_loader, optimizer=optimizer"),
+    "scheduler": script(f"max_epochs=2, {OFF}", f"{CALL}, scheduler=scheduler", SCHEDULER),
+    "scheduler by epoch": script(
+        f"max_epochs=3, scheduler_interval='epoch', {OFF}",
+        f"{CALL}, scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)",
+    ),
+    "plateau": script(
+        f"max_epochs=3, monitor='val/loss', {OFF}",
+        f"{CALL}, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)",
+    ),
+    "warmup": script(f"max_epochs=2, {OFF}", f"{CALL}, scheduler=sheer.warmup_cosine(warmup_steps=3)"),
+    "optimizer by function": script(
+        f"max_steps=9, {OFF}",
+        "model, step, train_loader, val_loader, optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1)",
+    ),
+    "early stopping": script(
+        f"max_epochs=9, monitor='val/loss', callbacks=[sheer.EarlyStopping(patience=1, min_delta=5.0)], {OFF}"
+    ),
+    "ema": script(f"max_epochs=2, callbacks=[sheer.EMA(0.9)], {OFF}"),
+    "monitors": script(
+        f"max_steps=9, callbacks=[sheer.LearningRateMonitor(), sheer.GradientNorm(per_parameter=True)], {OFF}"
+    ),
+    "csv": script(f"max_steps=9, loggers=[sheer.CSV()], {OFF}"),
+    "deterministic": script(f"max_steps=9, deterministic=True, {OFF}"),
+    "compile": script(f"max_steps=3, compile=True, {OFF}"),
+}
+
+ON = "log_every_n_steps=4, run_dir='runs/here'"
+BARE = '''def step(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+'''
+MEANS = '''def step(model, batch):
+    losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    return {"loss": sheer.mean(losses, mask=batch[0][:, 0] > -0.5), "error": losses.mean(), "count": 1}
+
+
+'''
+NUMBERED = '''def step(model, batch, step):
+    return {"loss": F.cross_entropy(model(batch[0]), batch[1]) * (1 + step / 10)}
+
+
+'''
+OWN = '''class Stopper:
+    def __init__(self, at):
+        self.at, self.seen = at, 0
+
+    def on_step_end(self, step, model):
+        self.seen += 1
+        return "enough" if step == self.at else None
+
+    def on_log(self, step, metrics):
+        return {"train/seen": self.seen}
+
+
+'''
+ROWS |= {
+    "loss alone": script(f"max_epochs=2, {OFF}", before=BARE),
+    "means": script(f"max_epochs=2, {OFF}", before=MEANS),
+    "means in parts": script(f"max_epochs=2, micro_batch_size=5, accumulate_grad_batches=2, {OFF}", before=MEANS),
+    "numbered": script(f"max_epochs=2, {OFF}", before=NUMBERED),
+    "own callback": script(f"max_epochs=9, callbacks=[Stopper(7)], {OFF}", before=OWN),
+    "callbacks elsewhere": script(f"max_epochs=9, callbacks=chosen, {OFF}", before=OWN + "chosen = [Stopper(7)]\n"),
+    "function": script(f"max_steps=9, callbacks=[sheer.On(log=print)], {OFF}"),
+    "several validations": script(
+        f"max_epochs=2, monitor='val/one/loss', {OFF}", CALL.replace("val_loader", "{'one': val_loader, 'two': val_loader}")
+    ),
+    "own validation": script(
+        f"max_epochs=2, {OFF}",
+        CALL + ", eval_step=check",
+        "def check(model, batch):\n    return {'error': (model(batch[0]).argmax(-1) != batch[1]).float().mean()}\n\n\n",
+    ),
+    "result": script(f"max_epochs=2, {OFF}").replace("trainer.fit(", "result = trainer.fit(")
+    + "print(result.metrics, result.step, result.stopped_by)\n",
+    "saved": script(f"max_epochs=2, {ON}"),
+    "saved often": script(f"max_epochs=3, monitor='val/loss', checkpoint=sheer.Checkpoint(every_n_steps=4), {ON}"),
+    "goes on": script(
+        f"max_epochs=3, monitor='val/loss', resume='auto', {ON}", f"{CALL}, scheduler=sheer.warmup_linear(warmup_steps=3)"
+    ),
+    "ema saved": script(f"max_epochs=2, callbacks=[sheer.EMA(0.9)], resume='auto', {ON}"),
+    "skip saved": script(f"max_epochs=2, nonfinite='skip', resume='auto', gradient_clip_val=1.0, {ON}"),
+    "tensorboard": script(f"max_epochs=2, loggers=[sheer.TensorBoard()], hparams={{'lr': 0.01}}, {ON}"),
+    "workers": script(f"max_epochs=2, {OFF}").replace("shuffle=True)", "shuffle=True, num_workers=1)"),
+    "in order": script(f"max_epochs=2, {OFF}").replace(", shuffle=True)", ")"),
+    "limited": script(f"max_epochs=2, limit_train_batches=3, {OFF}"),
+    "overfit": script(f"max_epochs=3, overfit_batches=2, {OFF}"),
+    "list": script(f"max_epochs=2, {OFF}", "model, step, list(train_loader), val_loader, optimizer=optimizer"),
+    "fast": script("fast_dev_run=2, log_every_n_steps=1"),
+}
