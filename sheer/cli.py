@@ -56,6 +56,55 @@ def run(
         runpy.run_path(str(script), run_name="__main__")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def eject(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="The script to eject; what follows it is its own.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The file to write.", show_default="<script>_torch.py")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run both and compare them bit for bit before writing.")
+    ] = False,
+    updates: Annotated[int, typer.Option("--updates", min=1, help="How many updates --check compares.")] = 50,
+    diff: Annotated[bool, typer.Option("--diff", help="Only show how the file would change.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Write a training script as raw PyTorch, without this library."""
+    from sheer.eject import command
+    from sheer.eject.program import Refusal
+
+    if not script.is_file():
+        raise typer.BadParameter(f"there is no file {script}", param_hint="SCRIPT")
+    try:
+        if diff:
+            earlier = out or script.with_name(f"{script.stem}_torch.py")
+            print(command.differences(script, context.args, earlier), end="")
+        else:
+            print("\n".join(command.write(script, context.args, out, force=force, updates=updates if check else None)))
+    except Refusal as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def show(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="The script; what follows it is its own.")],
+) -> None:
+    """Print the loop that a script runs, specialised for its settings; nothing is written."""
+    from sheer.eject import command
+    from sheer.eject.program import Refusal
+
+    if not script.is_file():
+        raise typer.BadParameter(f"there is no file {script}", param_hint="SCRIPT")
+    try:
+        print(command.show(script, context.args), end="")
+    except Refusal as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
 def read_changes(assignments: list[str]) -> dict[str, str]:
     """Read NAME=VALUE assignments, and see that there are such settings and that they take such values.
 

@@ -136,9 +136,8 @@ def end_step(
 def count_batches(run: Run, batch: StepBatch | None, epoch_ended: bool) -> None:
     """Count what a step was trained on."""
     progress = run.progress
-    for _, samples in batch or ():
-        progress.batch += 1
-        progress.samples += samples
+    progress.batch += len(batch or ())
+    progress.samples += sum([samples for _, samples in batch or ()])
     if epoch_ended:
         progress.epoch += 1
         progress.batch = 0

@@ -49,9 +49,10 @@ class _Block:
 
     def _new(self, statement: ast.stmt) -> list[ast.stmt] | None:
         body = without_docstring(self.site.callee.body)
-        if isinstance(statement, ast.With) and len(statement.items) == 1:
-            if statement.items[0].context_expr is self.site.call and statement.items[0].optional_vars is None:
-                return self._entered(statement, body)
+        item = statement.items[0] if isinstance(statement, ast.With) and len(statement.items) == 1 else None
+        if item is not None and item.context_expr is self.site.call and item.optional_vars is None:
+            assert isinstance(statement, ast.With)
+            return self._entered(statement, body)
         if isinstance(statement, ast.For) and statement.iter is self.site.call:
             return self._iterated(statement, body)
         return None

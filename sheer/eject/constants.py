@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -114,7 +114,8 @@ def fold_attributes(program: Program, known: Known) -> None:
     for node in list(program.nodes.values()):
         if not isinstance(node, ast.ClassDef) or node.name in program.roots or _sets_by_name(node):
             continue
-        for name, value in [*_set_in_init(node), *_defaults(program, node)]:
+        candidates = [*_set_in_init(node), *_defaults(program, node)] if node.body else []
+        for name, value in candidates:
             constant = isinstance(value, ast.Constant) or (isinstance(value, ast.Name) and value.id in known.constants)
             if constant and stored.count(name) <= (name not in fields_of(node)):
                 for function in program.functions():
@@ -139,12 +140,12 @@ def _set_in_init(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
 
 def _defaults(program: Program, node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
     """Yield the defaults of a dataclass's fields that no call of its constructor gives."""
-    given: Set[str] = {
-        keyword.arg or ""
-        for call in walk(program.nodes.values())
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == node.name
-        for keyword in call.keywords
-    }
+    if not fields_of(node):
+        return
+    given: set[str] = set()
+    for call in walk(program.nodes.values()):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == node.name:
+            given |= {keyword.arg or "" for keyword in call.keywords} | set(list(fields_of(node))[: len(call.args)])
     for name, field in fields_of(node).items():
         if field.value is not None and name not in given:
             yield name, field.value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import sheer
@@ -18,23 +19,39 @@ from sheer.eject.rewrite import Rewrite
 from sheer.eject.script import Script
 from sheer.eject.source import Definition, read_library
 from sheer.eject.specialise import specialise
+from sheer.eject.verify import verify
 
 CHECKING = ("check_loader", "check_arguments", "check_loggers", "check_parameters", "check_device")
 
 
-def eject(path: Path, arguments: Sequence[str]) -> str:
-    """Return the text of a script that does what `path` does, without the library.
+@dataclass(frozen=True)
+class Ejected:
+    """What became of a script.
+
+    Attributes:
+        text: the whole of it.
+        loop: the part that stands for the library: the settings, and the functions.
+    """
+
+    text: str
+    loop: str
+
+
+def eject(path: Path, arguments: Sequence[str] = ()) -> Ejected:
+    """Make a script that does what `path` does, without the library; it is run up to the call that trains.
 
     Raises:
         Refusal: something in it cannot be ejected; the message says what, and where.
     """
     facts = capture(path, arguments)
     script = Script(Path(facts.file), Path(facts.file).read_text())
-    return ejected(script, facts)
+    made = ejected(script, facts)
+    verify(made.text, script.text)
+    return made
 
 
-def ejected(script: Script, facts: Facts) -> str:
-    """Return the text of a script whose call was captured."""
+def ejected(script: Script, facts: Facts) -> Ejected:
+    """Return what becomes of a script whose call was captured."""
     library = read_library(Path(sheer.__file__).parent)
     rewrite = Rewrite(script, facts)
     facts = rewrite.facts
@@ -61,13 +78,16 @@ def assembled(
     library: dict[str, Definition],
     settings: dict[str, object] | object,
     facts: Facts,
-) -> str:
+) -> Ejected:
     """Put the definitions into the script, and its calls in their place."""
     assert isinstance(settings, dict)
+    if facts.plain_data:
+        emit.without_aliases(program)
     names = emit.own_names(program, script.names() - rewrite.freed())
     fit = program.nodes["fit"]
     assert isinstance(fit, ast.FunctionDef)
     emit.rename(program, names)
+    emit.quote_own_names(program)
     roots = [*(names[name] for name in rewrite.classes()), names["fit"]]
     nodes = emit.in_order(program, roots)
     constants = emit.constants_of(nodes, settings, emit.comments_of(library, constant_name), Path(facts.file).stem)
@@ -78,7 +98,7 @@ def assembled(
     rewrite.edit(fit, names)
     text = script.with_block(head(facts), emit.sorted_imports(new_imports), block)
     refuse_traces(script, text)
-    return text
+    return Ejected(text, block)
 
 
 def head(facts: Facts) -> str:

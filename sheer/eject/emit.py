@@ -25,6 +25,22 @@ ERRORS = {
 }
 
 
+ALIASES = {"PlainWatched": "list[tuple[int, str, Tensor]]", "StepBatch": "list[tuple[Any, int]]"}
+
+
+def without_aliases(program: Program) -> None:
+    """Write types out that have a name in the library."""
+    for node in program.nodes.values():
+        _WrittenOut().visit(node)
+    for name in ALIASES:
+        program.nodes.pop(name, None)
+
+
+class _WrittenOut(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.parse(ALIASES[node.id], mode="eval").body if node.id in ALIASES else node
+
+
 def own_names(program: Program, taken: Iterable[str]) -> dict[str, str]:
     """Return what definitions are called in the script: twins without their prefix, and nothing that is taken."""
     names: dict[str, str] = {}
@@ -48,6 +64,14 @@ def rename(program: Program, names: Mapping[str, str]) -> None:
         ):
             node.name = names[node.name]
     program.nodes = {names.get(name, name): node for name, node in program.nodes.items()}
+
+
+def quote_own_names(program: Program) -> None:
+    """Put the name of a class into quotes in the types inside of it, where it is not defined yet."""
+    for node in [node for node in program.nodes.values() if isinstance(node, ast.ClassDef)]:
+        for method in [part for part in node.body if isinstance(part, ast.FunctionDef)]:
+            if isinstance(method.returns, ast.Name) and method.returns.id == node.name:
+                method.returns = ast.Constant(node.name)
 
 
 def in_order(program: Program, roots: Sequence[str]) -> list[ast.stmt]:
@@ -99,6 +123,7 @@ def constants_of(
     used = {node.id for node in walk(nodes) if isinstance(node, ast.Name)}
     written_out = {name: repr(value) for name, value in settings.items()}
     if "RUN_DIR" not in settings:
+        comments = {**comments, "RUN_DIR": "# the folder of the run"}
         written_out["RUN_DIR"] = f'time.strftime("runs/{script}/%Y-%m-%d_%H-%M-%S")'
     return [f"{name} = {value}  {comments[name]}" for name, value in written_out.items() if name in used]
 

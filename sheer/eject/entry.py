@@ -7,6 +7,7 @@ import copy
 
 from sheer.eject.facts import Facts
 from sheer.eject.fold import dotted
+from sheer.eject.knowledge import marked
 from sheer.eject.scope import parameters, substituted, walk
 
 TYPES = {
@@ -40,9 +41,11 @@ def prepared(fit: ast.FunctionDef, facts: Facts, returned: ast.expr | None = Non
         if parameter.arg in TYPES:
             parameter.annotation = ast.parse(TYPES[parameter.arg], mode="eval").body
     for plugin in (*facts.callbacks, *facts.loggers):
-        fit.args.args.append(ast.arg(plugin.label, ast.Name(plugin.name if plugin.is_ours else "Any", ast.Load())))
+        fit.args.args.append(
+            ast.arg(marked(plugin.label), ast.Name(plugin.name if plugin.is_ours else "Any", ast.Load()))
+        )
     if facts.has_hparams:
-        fit.args.args.append(ast.arg("hparams", ast.Name("Any", ast.Load())))
+        fit.args.args.append(ast.arg(marked("hparams"), ast.Name("Any", ast.Load())))
     if facts.plain_data:
         fit.body = [_PlainData(facts).visit(statement) for statement in fit.body]
 

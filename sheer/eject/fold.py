@@ -108,11 +108,11 @@ def is_pure(node: ast.AST) -> bool:
 
 _IDLE = frozenset(
     {
-        "secrets.token_hex", "set", "len", "list", "dict", "tuple", "str", "int", "float", "bool", "next", "hasattr", "isinstance", "Path",
+        "secrets.token_hex", "set", "sum", "len", "list", "dict", "tuple", "str", "int", "float", "bool", "next", "hasattr", "isinstance", "Path",
         "torch.device", "torch.initial_seed", "nullcontext",
     }
 )  # fmt: skip
-_IDLE_METHODS = frozenset({"startswith", "get", "items", "keys", "values", "copy"})
+_IDLE_METHODS = frozenset({"startswith", "get", "items", "keys", "values", "copy", "parameters", "named_parameters"})
 
 
 def is_idle(node: ast.AST) -> bool:
@@ -235,13 +235,8 @@ class _Folder(ast.NodeTransformer):
         left, right = node.left, node.right
         if isinstance(node.op, ast.Add) and is_constant(left, ""):
             return right
-        if (
-            isinstance(left, ast.Constant)
-            and isinstance(right, ast.Constant)
-            and type(left.value) is type(right.value) is int
-        ):
-            if isinstance(node.op, ast.Add):
-                return ast.Constant(left.value + right.value)
+        if isinstance(left, ast.Constant) and isinstance(right, ast.Constant) and isinstance(node.op, ast.Add):
+            return ast.Constant(left.value + right.value) if type(left.value) is type(right.value) is int else node
         if (
             isinstance(node.op, ast.BitOr)
             and isinstance(left, ast.Dict)
@@ -276,6 +271,8 @@ class _Folder(ast.NodeTransformer):
         items = elements(node.args[0]) if name == "len" and is_pure(node.args[0]) else None
         if items is not None:
             return ast.Constant(len(items))
+        if name == "sum" and len(node.args) == 1 and isinstance(node.args[0], ast.List) and len(node.args[0].elts) == 1:
+            return node.args[0].elts[0]
         if isinstance(called, ast.Attribute):
             owner = called.value
             table = self.known.tables.get(owner.id) if isinstance(owner, ast.Name) else owner

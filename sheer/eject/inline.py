@@ -178,6 +178,8 @@ class Site:
 
     def _replacement(self, statement: ast.stmt, is_last: bool) -> list[ast.stmt] | None:
         """Return what stands for a statement, if the call is all of it, or what it evaluates first."""
+        if self.call not in (getattr(statement, "value", None), getattr(statement, "test", None)):
+            return None
         body = without_docstring(self.callee.body)
         at_end = bool(body) and isinstance(body[-1], ast.Return)
         if isinstance(statement, ast.If) and statement.test is self.call and is_last and _decides(statement, body):

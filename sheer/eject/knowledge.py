@@ -7,7 +7,6 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from sheer.eject.drop import Needless
@@ -33,6 +32,7 @@ TWINS = {
     "seed_everything": "plain_seed_everything",
     "eval_mode": "plain_eval_mode",
     "StopSignals": "PlainStopSignals",
+    "Watch": "PlainWatched",
     "leave_if_told": "plain_leave",
     "counted_batches": "plain_counted",
     "write_checkpoint": "plain_write_checkpoint",
@@ -66,6 +66,11 @@ class Knowledge:
     settings: Mapping[str, Any] = field(default_factory=dict)  # by the names of their constants
 
 
+def marked(label: str) -> str:
+    """Return the name that an object of the script has while its call is specialised: no local of the library's is called so."""
+    return f"{label}__given"
+
+
 def knowledge_of(facts: Facts, library_checks: frozenset[str], tables: Mapping[str, ast.Dict]) -> Knowledge:
     """Return what a script's settings and objects decide."""
     values, settings = settings_of(facts)
@@ -83,9 +88,9 @@ def knowledge_of(facts: Facts, library_checks: frozenset[str], tables: Mapping[s
         kinds["output"] = facts.returns
     calls = CHECKS | library_checks
     known: dict[str, ast.expr] = {f"cfg.{name}": value for name, value in values.items()}
-    known["plugins.callbacks"] = ast.Tuple([ast.Name(c.label, ast.Load()) for c in facts.callbacks], ast.Load())
-    known["plugins.loggers"] = ast.Tuple([ast.Name(c.label, ast.Load()) for c in facts.loggers], ast.Load())
-    known["plugins.hparams"] = ast.Name("hparams", ast.Load()) if facts.has_hparams else ast.Constant(None)
+    known["plugins.callbacks"] = ast.Tuple([ast.Name(marked(c.label), ast.Load()) for c in facts.callbacks], ast.Load())
+    known["plugins.loggers"] = ast.Tuple([ast.Name(marked(c.label), ast.Load()) for c in facts.loggers], ast.Load())
+    known["plugins.hparams"] = ast.Name(marked("hparams"), ast.Load()) if facts.has_hparams else ast.Constant(None)
     if not facts.skips:
         known["resume_by_skipping"] = ast.Constant(False)
     if facts.is_training:
@@ -120,9 +125,14 @@ def data_twin(facts: Facts) -> str:
     return "PlainLength" if facts.settings["checkpoint"] is None and facts.settings["resume"] is None else "PlainData"
 
 
+def converts(facts: Facts) -> bool:
+    """Whether batches are converted to another precision."""
+    return facts.settings["precision"] in ("bf16-true", "64-true")
+
+
 def batch_twins(facts: Facts) -> dict[str, str]:
     """Return what moves and counts batches of the structure that the loader gives."""
-    if facts.batch not in ("list", "dict", "tensor"):
+    if facts.batch not in ("list", "dict", "tensor") or converts(facts):
         return {}
     return {"move": f"moved_{facts.batch}", "count_samples": f"size_of_{facts.batch}"}
 
@@ -159,12 +169,13 @@ def settings_of(facts: Facts) -> tuple[dict[str, ast.expr], dict[str, Any]]:
 def answers_of(facts: Facts) -> dict[str, Answer]:
     """Return what some calls give, as expressions."""
     events = {
-        event: ", ".join(c.label for c in facts.callbacks if event in c.events)
+        event: ", ".join(marked(c.label) for c in facts.callbacks if event in c.events)
         for event in dict.fromkeys(event for c in facts.callbacks for event in c.events)
     }
     shown = ", ".join(f"{event}=({labels},)" for event, labels in events.items())
-    stateful = ", ".join(f"{c.state_name!r}: {c.label}" for c in facts.callbacks if c.has_state)
-    loggers = ", ".join(f"{logger.label}," for logger in facts.loggers)
+    stateful = ", ".join(f"{c.state_name!r}: {marked(c.label)}" for c in facts.callbacks if c.has_state)
+    loggers = ", ".join(f"{marked(logger.label)}," for logger in facts.loggers)
+    places = ["compute.device", "compute.dtype"] if converts(facts) else ["compute.device"]
     answers: dict[str, Answer] = {
         "takes_step_number": lambda call: ast.Constant(
             ("eval_step" if len(call.args) > 1 and "eval_step" not in facts.none else "step") in facts.numbered
@@ -184,17 +195,18 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
             parsed("plain_load_loggers"), [parsed("run"), *call.args], []
         ),
         "Watch": lambda call: parsed("[]"),
+        "PlainWatched": lambda call: parsed("[]"),
         "run.watch.add": watched,
         "run.watch.check": lambda call: parsed("plain_check(run.watch)"),
         "run.metrics.take_media": lambda call: parsed("{}"),
         "metrics.take_media": lambda call: parsed("{}"),
         "run.metrics.set_aside": lambda call: parsed("[]"),
-        "compute.prepared": lambda call: ast.Call(parsed("move"), [*call.args, parsed("compute.device")], []),
+        "compute.prepared": lambda call: ast.Call(parsed("move"), [*call.args, *map(parsed, places)], []),
         "named_loaders": lambda call: named_loaders_of(facts, call),
         "build_optimizer": lambda call: built(call.args[1], call.args[:1]),
         "build_scheduler": lambda call: built(call.args[0], call.args[1:]),
         "are_made_here": lambda call: ast.Constant("scheduler" in facts.functions),
-        "averaging_of": lambda call: parsed(next((c.label for c in facts.callbacks if c.averages), "None")),
+        "averaging_of": lambda call: parsed(next((marked(c.label) for c in facts.callbacks if c.averages), "None")),
     }
     if not facts.loggers:
         answers["Session"] = answers["plain_session"] = lambda call: parsed("nullcontext()")

@@ -154,7 +154,7 @@ def bind_parameters(program: Program, known: Known) -> None:
                 continue
             if first is None or any(value is None or ast.dump(value) != ast.dump(first) for value in given):
                 continue
-            if not (isinstance(first, ast.Constant) or (isinstance(first, ast.Name) and first.id in known.constants)):
+            if not (_is_stable(first, {}) and (not isinstance(first, ast.Name) or first.id in known.constants)):
                 continue
             if assignments(node.body)[parameter.arg]:
                 continue

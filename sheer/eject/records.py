@@ -264,7 +264,10 @@ class _Exploded(ast.NodeTransformer):
         for field in [*given, *(f for f in self.fields if f not in given)]:
             value = given.get(field) or default_value(self.fields[field])
             if field in self.locals_of:
-                out.append(ast.Assign([ast.Name(self.locals_of[field], ast.Store())], value))
+                name = ast.Name(self.locals_of[field], ast.Store())
+                empty = isinstance(value, (ast.List, ast.Dict)) and not ast.unparse(value).strip("[]{}")
+                kind = copy.deepcopy(self.fields[field].annotation)
+                out.append(ast.AnnAssign(name, kind, value, 1) if empty else ast.Assign([name], value))
             elif any(isinstance(part, ast.Call) for part in ast.walk(value)):
                 out.append(ast.Expr(value))  # it may do something
         return [ast.copy_location(statement, call) for statement in out]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections.abc import Mapping
 
 from sheer.eject.facts import Facts
@@ -67,10 +68,11 @@ class Rewrite:
         else:
             script.remove(self.making)
         given = self._given(names)
-        missing = [p.arg for p in parameters(fit) if p.arg not in given]
+        wanted = [p.arg if p.arg in given else re.sub(r"(__given|_\d+)+$", "", p.arg) for p in parameters(fit)]
+        missing = [name for name in wanted if name not in given]
         if missing:
             raise script.refusal(self.call, f"the call gives no {missing[0]}.")
-        script.replace(self.call, f"{names['fit']}({', '.join(given[p.arg] for p in parameters(fit))})")
+        script.replace(self.call, f"{names['fit']}({', '.join(given[name] for name in wanted)})")
         inside |= {id(node) for node in ast.walk(self.call)}
         for node, name in script.references():
             if id(node) not in inside and not self._seeded(node, name):

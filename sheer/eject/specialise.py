@@ -6,6 +6,7 @@ import ast
 from collections.abc import Sequence
 
 from sheer.eject.blocks import inline_blocks
+from sheer.eject.bundle import bundle
 from sheer.eject.constants import bind_methods, fold_attributes
 from sheer.eject.drop import Needless, drop
 from sheer.eject.fold import Known
@@ -18,8 +19,8 @@ from sheer.eject.tidy import (
     drop_constants,
     make_flags,
     merge_zeros,
-    pass_directly,
     pass_by_the_same_name,
+    pass_directly,
     tidy_names,
     use_directly,
 )
@@ -34,6 +35,7 @@ def specialise(
     records: Sequence[str],
     needless: Needless,
     kept: frozenset[str] = frozenset(),
+    root: str = "fit",
 ) -> None:
     """Run all passes over a program until nothing changes.
 
@@ -43,6 +45,7 @@ def specialise(
         records: the classes whose objects only carry others; they are taken apart where none is kept as a whole.
         needless: what is left out.
         kept: names of attributes that the script itself reads.
+        root: the function that trains.
     """
     program.collect()
     size = 0
@@ -83,6 +86,7 @@ def specialise(
     tidy_names(program)
     pass_by_the_same_name(program)
     tidy_names(program)
+    bundle(program, root)
 
 
 def dumped(program: Program) -> str:

@@ -14,7 +14,7 @@ def tidy_names(program: Program) -> None:
     """Take the number off names that only a function inlined elsewhere, or a record, had made necessary."""
     for function in program.functions():
         for name in sorted(bound_in(function)):
-            stem = re.sub(r"(_\d+)+$", "", name)
+            stem = re.sub(r"(_\d+|__given)+$", "", name)
             free = stem not in bound_in(function) and stem not in reads([function]) and stem not in BUILTINS
             if stem != name and free:
                 for parameter in parameters(function):

@@ -208,7 +208,7 @@ class _UnreadAttributes(_Unread):
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt | list[ast.stmt]:
-        return [] if self._gone(node.target) and is_pure(node.value) else node
+        return self._effect(node, node.value) if self._gone(node.target) else node
 
 
 def _is_own(target: ast.Attribute) -> bool:

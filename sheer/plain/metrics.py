@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sheer.metrics import Mean
 
-Rows = list[tuple[Any, int]]
+PlainWatched = list[tuple[int, str, Tensor]]
 
 
 class PlainMetrics:

@@ -28,16 +28,18 @@ def step(model, batch):
 '''
 
 
-def script(settings: str, call: str = "model, step, train_loader, val_loader, optimizer=optimizer", before: str = "") -> str:
+def script(
+    settings: str, call: str = "model, step, train_loader, val_loader, optimizer=optimizer", before: str = ""
+) -> str:
     """Return a script with these settings, this call of fit, and statements before them."""
     return f"{HEAD}{before}trainer = sheer.Trainer({settings})\ntrainer.fit({call})\n"
 
 
-SCHEDULER = '''def scheduler(optimizer, total_steps):
+SCHEDULER = """def scheduler(optimizer, total_steps):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=total_steps)
 
 
-'''
+"""
 CALL = "model, step, train_loader, val_loader, optimizer=optimizer"
 OFF = "checkpoint=False, log_every_n_steps=4"
 
@@ -86,23 +88,23 @@ ROWS: dict[str, str] = {
 }
 
 ON = "log_every_n_steps=4, run_dir='runs/here'"
-BARE = '''def step(model, batch):
+BARE = """def step(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-'''
-MEANS = '''def step(model, batch):
+"""
+MEANS = """def step(model, batch):
     losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
     return {"loss": sheer.mean(losses, mask=batch[0][:, 0] > -0.5), "error": losses.mean(), "count": 1}
 
 
-'''
-NUMBERED = '''def step(model, batch, step):
+"""
+NUMBERED = """def step(model, batch, step):
     return {"loss": F.cross_entropy(model(batch[0]), batch[1]) * (1 + step / 10)}
 
 
-'''
-OWN = '''class Stopper:
+"""
+OWN = """class Stopper:
     def __init__(self, at):
         self.at, self.seen = at, 0
 
@@ -114,7 +116,7 @@ OWN = '''class Stopper:
         return {"train/seen": self.seen}
 
 
-'''
+"""
 ROWS |= {
     "loss alone": script(f"max_epochs=2, {OFF}", before=BARE),
     "means": script(f"max_epochs=2, {OFF}", before=MEANS),
@@ -124,7 +126,8 @@ ROWS |= {
     "callbacks elsewhere": script(f"max_epochs=9, callbacks=chosen, {OFF}", before=OWN + "chosen = [Stopper(7)]\n"),
     "function": script(f"max_steps=9, callbacks=[sheer.On(log=print)], {OFF}"),
     "several validations": script(
-        f"max_epochs=2, monitor='val/one/loss', {OFF}", CALL.replace("val_loader", "{'one': val_loader, 'two': val_loader}")
+        f"max_epochs=2, monitor='val/one/loss', {OFF}",
+        CALL.replace("val_loader", "{'one': val_loader, 'two': val_loader}"),
     ),
     "own validation": script(
         f"max_epochs=2, {OFF}",
@@ -136,7 +139,8 @@ ROWS |= {
     "saved": script(f"max_epochs=2, {ON}"),
     "saved often": script(f"max_epochs=3, monitor='val/loss', checkpoint=sheer.Checkpoint(every_n_steps=4), {ON}"),
     "goes on": script(
-        f"max_epochs=3, monitor='val/loss', resume='auto', {ON}", f"{CALL}, scheduler=sheer.warmup_linear(warmup_steps=3)"
+        f"max_epochs=3, monitor='val/loss', resume='auto', {ON}",
+        f"{CALL}, scheduler=sheer.warmup_linear(warmup_steps=3)",
     ),
     "ema saved": script(f"max_epochs=2, callbacks=[sheer.EMA(0.9)], resume='auto', {ON}"),
     "skip saved": script(f"max_epochs=2, nonfinite='skip', resume='auto', gradient_clip_val=1.0, {ON}"),

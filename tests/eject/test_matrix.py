@@ -1,0 +1,25 @@
+"""Small runs are ejected and run where the library cannot be imported: equal to the library's own, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sheer.eject.check import check
+from sheer.eject.eject import eject
+from tests.eject.scripts import ROWS
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_an_ejected_run_is_the_same_run(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    original, made = tmp_path / "train.py", tmp_path / "train_torch.py"
+    original.write_text(ROWS[row])
+    text = eject(original).text
+    assert "sheer" not in text.replace("`sheer eject`", "")
+    made.write_text(text)
+    found = check(original, made, [], updates=1000)
+    assert found.difference is None
+    assert found.updates > 1
+    assert found.logged > 1 or "fast_dev_run" in ROWS[row]
