@@ -15,7 +15,7 @@ def inline_blocks(program: Program) -> bool:
     """Write one context manager or generator where it is used, if it is used once and simple enough. Returns whether one was."""
     all_calls = program.all_calls()
     for name, node in list(program.nodes.items()):
-        if not isinstance(node, ast.FunctionDef) or name in program.roots:
+        if not isinstance(node, ast.FunctionDef) or name in program.roots | program.answered:
             continue
         calls = all_calls.get(name, [])
         if calls is None or len(calls) != 1:

@@ -20,7 +20,12 @@ def inline_expressions(program: Program) -> bool:
     changed = False
     for name, node in list(program.nodes.items()):
         body = without_docstring(node.body) if isinstance(node, ast.FunctionDef) else []
-        if not isinstance(node, ast.FunctionDef) or len(body) != 1 or name in program.roots or node.decorator_list:
+        if (
+            not isinstance(node, ast.FunctionDef)
+            or len(body) != 1
+            or name in program.roots | program.answered
+            or node.decorator_list
+        ):
             continue
         calls = program.calls(name)
         if len(body) != 1 or not isinstance(body[0], ast.Return) or body[0].value is None or not calls:
@@ -75,7 +80,12 @@ def inline_procedures(program: Program, most: int, records: Sequence[str] = ()) 
     """
     all_calls = program.all_calls()
     for name, node in list(program.nodes.items()):
-        if not isinstance(node, ast.FunctionDef) or name in program.roots or node.decorator_list or _is_generator(node):
+        if (
+            not isinstance(node, ast.FunctionDef)
+            or name in program.roots | program.answered
+            or node.decorator_list
+            or _is_generator(node)
+        ):
             continue
         if name in KEPT:
             continue

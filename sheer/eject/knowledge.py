@@ -185,7 +185,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "as_mapping": lambda call: None if facts.has_hparams else parsed("{}"),
         "choose_run_dir": lambda call: chosen_folder(facts),
         "run_record": lambda call: parsed("{'id': run_id}"),
-        "dataclasses.asdict": lambda call: parsed("{}"),
+        "dataclasses.asdict": lambda call: parsed("{}") if ast.unparse(call.args[0]) == "cfg" else None,
         "loggers_of": lambda call: parsed(f"({loggers})"),
         "console_of": lambda call: ast.Constant(None),
         "run.loggers.log": lambda call: ast.Call(parsed("plain_log"), [parsed("run"), *call.args], []),

@@ -25,6 +25,9 @@ class Program:
     roots: set[str]
     twins: Mapping[str, str] = field(default_factory=dict)  # definitions by the names of those that they stand for
     nodes: dict[str, Definable] = field(default_factory=dict)
+    answered: frozenset[str] = (
+        frozenset()
+    )  # functions whose calls will be answered, and must stay as they are until then
 
     def collect(self) -> None:
         """Add what is reached from what is there, and drop what is not."""

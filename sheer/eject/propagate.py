@@ -15,7 +15,7 @@ from sheer.eject.scope import assignments, bound_in, default_of, fresh, paramete
 def fold_all(program: Program, known: Known) -> None:
     """Fold every function with what holds everywhere, and with what is known of its own names."""
     for function in program.functions():
-        given = {p.arg for p in parameters(function)} if function.name in program.roots else set()
+        given = {p.arg for p in parameters(function)} if function.name in program.roots | program.answered else set()
         own = _shadowed(known, bound_in(function) - (given - assignments(function.body).keys()))
         local = known_locals(function, program, own)
         merged = replace(own, values={**own.values, **local.values}, present=own.present | local.present)
@@ -139,7 +139,7 @@ def bind_parameters(program: Program, known: Known) -> None:
     """Put arguments that are the same constant, or the same name of a constant, in all calls into the function itself."""
     all_calls = program.all_calls()
     for name, node in list(program.nodes.items()):
-        if not isinstance(node, ast.FunctionDef) or name in program.roots:
+        if not isinstance(node, ast.FunctionDef) or name in program.roots | program.answered:
             continue
         calls = all_calls.get(name, [])
         if not calls:
@@ -205,7 +205,7 @@ def unused_parameters(program: Program) -> None:
     """Take parameters that are not read out of functions, with arguments whose evaluation does nothing."""
     all_calls = program.all_calls()
     for name, node in list(program.nodes.items()):
-        if not isinstance(node, ast.FunctionDef):
+        if not isinstance(node, ast.FunctionDef) or name in program.answered:
             continue
         calls = all_calls.get(name, [])
         if calls is None:
@@ -223,7 +223,7 @@ def narrow_parameters(program: Program) -> None:
     """Take None out of the types of parameters that never are: in each call something is passed that is there."""
     all_calls = program.all_calls()
     for name, node in list(program.nodes.items()):
-        if not isinstance(node, ast.FunctionDef) or name in program.roots:
+        if not isinstance(node, ast.FunctionDef) or name in program.roots | program.answered:
             continue
         calls = all_calls.get(name, [])
         for parameter in parameters(node):

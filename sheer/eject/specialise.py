@@ -47,6 +47,7 @@ def specialise(
         kept: names of attributes that the script itself reads.
         root: the function that trains.
     """
+    program.answered = frozenset(known.answers)
     program.collect()
     size = 0
     while len(program.nodes) != size:  # most of the library is left behind here, before anything is moved
