@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,9 +45,13 @@ def check_device(name: str) -> None:
 
 def make_compute(precision: Precision, device: torch.device) -> Compute:
     """Return where and in which precision steps are computed."""
+    return Compute(device, autocast_of(precision, device), TRUE_DTYPES.get(precision))
+
+
+def autocast_of(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which steps are computed."""
     mixed = MIXED_DTYPES.get(precision)
-    autocast = torch.autocast(device.type, dtype=mixed) if mixed is not None else nullcontext()
-    return Compute(device, autocast, TRUE_DTYPES.get(precision))
+    return torch.autocast(device.type, dtype=mixed) if mixed is not None else nullcontext()
 
 
 def place_model(model: nn.Module, compute: Compute) -> None:

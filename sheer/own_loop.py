@@ -24,7 +24,7 @@ from sheer.loop import begin, begin_step, count_batches, end_step, finish, log_t
 from sheer.loss import Step
 from sheer.plugins import Plugins
 from sheer.resume import Restored, open_data
-from sheer.run import Result, Run, result
+from sheer.run import Result, Run, result_of
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings, unknown_name
 from sheer.signals import StopSignals, is_signal
@@ -288,7 +288,7 @@ class Loop:
                 finish(self._cfg, self._run, None, saved=progress.saved_at == progress.step)
             self._close(None)
             leave_if_told(self._run, self._signals)
-        return result(self._run)
+        return result_of(self._run)
 
     def _warn_of_unused(self) -> None:
         """Warn of what was given and never used: an optimizer, or a metric to monitor."""

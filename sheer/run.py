@@ -79,7 +79,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def result(run: Run) -> Result:
+def result_of(run: Run) -> Result:
     """Return how a run ended."""
     return Result(
         step=run.progress.step,

@@ -105,7 +105,7 @@ def start_run(
         raise SettingsError(
             'ReduceLROnPlateau follows the monitored metric, and monitor is not set. Set monitor="val/loss", say.'
         )
-    directory = Path(tempfile.mkdtemp(prefix="sheer-dev-run-")) if cfg.fast_dev_run else choose_run_dir(cfg)
+    directory = Path(tempfile.mkdtemp(prefix="dev-run-")) if cfg.fast_dev_run else choose_run_dir(cfg)
     restored = find_checkpoint(cfg, directory / "checkpoints")
     run_id = restored.run_id if restored is not None and cfg.resume == "auto" else secrets.token_hex(4)
     record = run_record(directory, cfg, hparams, torch.initial_seed(), run_id)

@@ -21,7 +21,7 @@ from sheer.loop import fit
 from sheer.loss import Step
 from sheer.own_loop import Loop, start_loop
 from sheer.plugins import Plugins
-from sheer.run import Result, result
+from sheer.run import Result, result_of
 from sheer.settings import (
     Checkpoint,
     ClipAlgorithm,
@@ -192,7 +192,7 @@ class Trainer:
             resume_by_skipping,
         )
         self.run_dir, self._reporter = run.info.run_dir, Reporter(run.loggers, run.info, run.progress.step)
-        return result(run)
+        return result_of(run)
 
     def start(
         self, model: nn.Module, *, optimizers: Mapping[str, Any], schedulers: Mapping[str, Any] | None = None

@@ -63,7 +63,7 @@ def test_model_optimizer_and_random_states_are_as_before(tmp_path: Path, monkeyp
     assert_equal(optimizer.state_dict(), before[0][1])
     assert torch.equal(torch.get_rng_state(), before[1])
     assert net.training and not net[1].training
-    assert list(tmp_path.glob("sheer-dev-run-*")) == [] and not Path("runs").exists()
+    assert list(tmp_path.glob("dev-run-*")) == [] and not Path("runs").exists()
 
 
 def test_a_diverging_loss_ends_the_sweep_and_the_suggestion_is_before_the_lowest() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Set
+from collections.abc import Iterable, Set
 
-from sheer.eject.program import Program, arguments_of, drop_parameter
+from sheer.eject.program import Program, arguments_of, drop_parameter, free_names
 from sheer.eject.scope import assignments, bound_in, fresh, parameters, substituted, walk
 
 MOST = 7  # parameters of a function that a reader keeps apart
@@ -32,11 +32,23 @@ def bundle(program: Program, root: str) -> None:
 
 
 def _functions(program: Program, root: str) -> list[ast.FunctionDef]:
+    """Return the functions that only `root` leads to."""
+    others = reached_from(program, program.roots - {root})
     return [
-        n
-        for name, n in program.nodes.items()
-        if isinstance(n, ast.FunctionDef) and name not in program.roots and name != root
+        n for name, n in program.nodes.items() if isinstance(n, ast.FunctionDef) and name not in others and name != root
     ]
+
+
+def reached_from(program: Program, names: Iterable[str]) -> set[str]:
+    """Return these definitions, and all that they use."""
+    reached: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in reached and name in program.nodes:
+            reached.add(name)
+            waiting += free_names(program.nodes[name])
+    return reached
 
 
 def _function(program: Program, name: str) -> ast.FunctionDef:

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from sheer.eject.facts import Facts, Plugin, Span
+from sheer.eject.facts import Facts, Other, Plugin, Span
 from sheer.eject.program import Refusal
+from sheer.eject.script import Script, span_of
 
 REACHED = 86  # exit status of a process that wrote its facts
 
@@ -54,7 +55,7 @@ class _Observer:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.made: dict[int, tuple[object, str, Span]] = {}
+        self.made: dict[int, tuple[object, str, Span, FrameType]] = {}
 
     def install(self) -> None:
         """Put the observer in place of the trainer's methods."""
@@ -77,17 +78,73 @@ class _Observer:
 
     def reached(self, trainer: Any, kind: str, arguments: dict[str, Any]) -> NoReturn:
         """Write the facts of a call down, and end the script."""
-        file, call = _called_from()
-        _, trainer_file, made = self.made[id(trainer)]
-        facts = facts_of(trainer, kind, arguments)
-        self.file.write_text(
-            dataclasses.replace(facts, file=file, call=call, trainer_file=trainer_file, trainer=made).to_json()
+        file, call, frame = _called_from()
+        _, trainer_file, made, _ = self.made[id(trainer)]
+        others = tuple(others_of(file, call, frame))
+        facts = facts_of(trainer, kind, arguments, [loader for _, loader in others])
+        facts = dataclasses.replace(
+            facts,
+            file=file,
+            call=call,
+            trainer_file=trainer_file,
+            trainer=made,
+            others=tuple(other for other, _ in others),
+            arguments=tuple(sys.argv[1:]),
+            modules=tuple(modules_with_the_library(Path(file))),
         )
+        self.file.write_text(facts.to_json())
         raise Reached
 
 
-def _called_from() -> tuple[str, Span]:
-    """Return the file and the place of the innermost call that is not in the library."""
+def others_of(file: str, call: Span, frame: FrameType) -> Iterator[tuple[Other, Any]]:
+    """Yield the later calls of `test`, `validate` and `predict` in the same function, each with its loader.
+
+    The names that stand for their steps and loaders are looked up where the script was stopped; a loader that is made later is None.
+    """
+    from sheer.build import takes_step_number
+
+    script = Script(Path(file), Path(file).read_text())
+    name = ast.unparse(script.at(call).func).rpartition(".")[0]
+    calls = [node for node in ast.walk(script.function_of(script.at(call))) if isinstance(node, ast.Call)]
+    for node in (
+        node for node in calls if isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == name
+    ):
+        kind = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        if kind not in ("test", "validate", "predict"):
+            continue
+        given = dict(zip(("model", "step", "loader"), node.args, strict=False))
+        given |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+        step = looked_up(given.get("step"), frame)
+        if step is None:
+            raise script.refusal(node, "the step of this call is not known before fit is called. Define it above.")
+        yield Other(span_of(node), kind, takes_step_number(step)), looked_up(given.get("loader"), frame)
+
+
+def looked_up(node: ast.expr | None, frame: FrameType) -> Any:
+    """Return what a name, or an attribute of one, stands for in a frame; None for all else, and for what is not there yet."""
+    if isinstance(node, ast.Name):
+        return frame.f_locals.get(node.id, frame.f_globals.get(node.id))
+    return getattr(looked_up(node.value, frame), node.attr, None) if isinstance(node, ast.Attribute) else None
+
+
+def modules_with_the_library(script: Path) -> Iterator[str]:
+    """Yield the modules beside a script, and below, that import the library: they stay imported, so the ejected script would need it."""
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "/")
+        if file.suffix != ".py" or script.parent not in file.parents or file == script:
+            continue
+        if "site-packages" in file.parts or name.split(".")[0] == "sheer":
+            continue
+        found = Script(file, file.read_text())
+        for node in ast.walk(found.tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "sheer" for name in names):
+                yield f"{file}, line {getattr(node, 'lineno', 1)}"
+
+
+def _called_from() -> tuple[str, Span, FrameType]:
+    """Return the file and the place of the innermost call that is not in the library, and its frame."""
     own = str(Path(__file__).resolve().parent.parent)
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and str(Path(frame.f_code.co_filename).resolve()).startswith(own):
@@ -96,10 +153,10 @@ def _called_from() -> tuple[str, Span]:
     positions = inspect.getframeinfo(frame).positions
     assert positions is not None and positions.lineno is not None
     span = Span(positions.lineno, positions.col_offset or 0, positions.end_lineno or 0, positions.end_col_offset or 0)
-    return str(Path(frame.f_code.co_filename).resolve()), span
+    return str(Path(frame.f_code.co_filename).resolve()), span, frame
 
 
-def facts_of(trainer: Any, kind: str, arguments: dict[str, Any]) -> Facts:
+def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: list[Any]) -> Facts:
     """Return what matters of a trainer and the arguments of a call; where they stand is put in by the caller."""
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -118,6 +175,7 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any]) -> Facts:
         functions.append("scheduler")
     source = make_source(loader, seed=0, device=trainer.device) if loader is not None else None
     structures = {structure_of(each) for each in (loader, *values_of(val_loader)) if each is not None}
+    structures |= {structure_of(each) for part in more_loaders for each in values_of(part)}
     callbacks = list(trainer.plugins.callbacks)
     labels = labels_of([*callbacks, *trainer.plugins.loggers])
     state_names = {id(callback): name for name, callback in named(callbacks).items()}

@@ -124,7 +124,7 @@ def fold_attributes(program: Program, known: Known) -> None:
 
 
 def _sets_by_name(node: ast.ClassDef) -> bool:
-    return any(isinstance(n, ast.Name) and n.id == "setattr" for n in ast.walk(node))
+    return any(isinstance(n, ast.Name) and n.id == "setattr" for n in walk([node]))
 
 
 def _set_in_init(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:

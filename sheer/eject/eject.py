@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import sheer
 from sheer.eject import emit
 from sheer.eject.capture import capture
-from sheer.eject.entry import prepared
+from sheer.eject.entry import evaluations, prepared, take_settings, training_device
 from sheer.eject.facts import Facts
 from sheer.eject.knowledge import RECORDS, constant_name, knowledge_of
 from sheer.eject.program import Program, Refusal
@@ -43,8 +43,13 @@ def eject(path: Path, arguments: Sequence[str] = ()) -> Ejected:
     Raises:
         Refusal: something in it cannot be ejected; the message says what, and where.
     """
+    if path.suffix != ".py":
+        raise Refusal(
+            f"{path} is no Python script. A notebook becomes one by: jupyter nbconvert --to script {path.name}"
+        )
+    script = Script(path, path.read_text())
     facts = capture(path, arguments)
-    script = Script(Path(facts.file), Path(facts.file).read_text())
+    refuse(script, facts)
     made = ejected(script, facts)
     verify(made.text, script.text)
     return made
@@ -61,14 +66,33 @@ def ejected(script: Script, facts: Facts) -> Ejected:
         for name, d in library.items()
         if isinstance(d.node, (ast.Assign, ast.AnnAssign)) and isinstance(d.node.value, ast.Dict)
     }
-    knowledge = knowledge_of(facts, frozenset(checks), tables)
-    program = Program(library, {"fit", *rewrite.classes()}, knowledge.twins)
-    program.nodes = {"fit": copy.deepcopy(library["fit"].node)}
-    fit = program.nodes["fit"]
+    knowledge = knowledge_of(facts, frozenset(checks), tables, rewrite.kept())
+    used = {name: knowledge.twins.get(name, name) for name in rewrite.classes()}
+    program = Program(library, {"fit", *used.values()}, knowledge.twins)
+    fit = copy.deepcopy(library["fit"].node)
     assert isinstance(fit, ast.FunctionDef)
     prepared(fit, facts, rewrite.returned())
+    functions = {"fit": fit, **evaluations(rewrite)}
+    if rewrite.devices:
+        functions["device"] = training_device()
+    program.nodes = {function.name: function for function in functions.values()}
+    program.nodes["Settings"] = take_settings(fit, rewrite.kept())
+    program.roots |= {function.name for function in functions.values()}
     specialise(program, knowledge.known, RECORDS, knowledge.needless, script.attributes())
-    return assembled(script, rewrite, program, library, knowledge.settings, facts)
+    return assembled(script, rewrite, program, library, knowledge.settings, functions, used)
+
+
+def refuse(script: Script, facts: Facts) -> None:
+    """Raise `Refusal` for what stands in another file than the script."""
+    for file, what in ((facts.file, "fit is called"), (facts.trainer_file, "the trainer is made")):
+        if Path(file) != script.path.resolve():
+            raise Refusal(
+                f"{what} in {file}, which would stay imported. Do it in {script.path}, or eject that file's script."
+            )
+    if facts.modules:
+        raise Refusal(
+            f"{facts.modules[0]}: this module of yours imports sheer, and would stay imported. Move what needs it into {script.path.name}."
+        )
 
 
 def assembled(
@@ -76,26 +100,27 @@ def assembled(
     rewrite: Rewrite,
     program: Program,
     library: dict[str, Definition],
-    settings: dict[str, object] | object,
-    facts: Facts,
+    settings: Mapping[str, object],
+    functions: Mapping[str, ast.FunctionDef],
+    used: Mapping[str, str],
 ) -> Ejected:
     """Put the definitions into the script, and its calls in their place."""
-    assert isinstance(settings, dict)
+    facts = rewrite.facts
     if facts.plain_data:
         emit.without_aliases(program)
     names = emit.own_names(program, script.names() - rewrite.freed())
-    fit = program.nodes["fit"]
-    assert isinstance(fit, ast.FunctionDef)
+    old_names = {key: function.name for key, function in functions.items()}
     emit.rename(program, names)
     emit.quote_own_names(program)
-    roots = [*(names[name] for name in rewrite.classes()), names["fit"]]
+    roots = [names[name] for name in (*used.values(), *dict.fromkeys(old_names.values()))]
     nodes = emit.in_order(program, roots)
     constants = emit.constants_of(nodes, settings, emit.comments_of(library, constant_name), Path(facts.file).stem)
     imports = emit.imports_of(nodes, library, [name.split(" = ")[0] for name in constants])
     have = script.import_statements()
     new_imports = [statement for statement in [*imports, *rewrite.seeds()] if statement not in have]
     block = emit.formatted("\n".join([*constants, "", "", emit.written(nodes)]))
-    rewrite.edit(fit, names)
+    own = {function.name: function.name for function in functions.values()}
+    rewrite.edit(functions, {**names, **own, **{name: names[twin] for name, twin in used.items()}})
     text = script.with_block(head(facts), emit.sorted_imports(new_imports), block)
     refuse_traces(script, text)
     return Ejected(text, block)
@@ -104,8 +129,8 @@ def assembled(
 def head(facts: Facts) -> str:
     """Return the comment that an ejected file begins with."""
     return (
-        f"# From {Path(facts.file).name}, by `sheer eject` {sheer.__version__} (Apache License 2.0); it is yours, to change as you like. Settings:\n"
-        f"# {emit.described(facts.settings)}.\n"
+        f"# From `{' '.join([Path(facts.file).name, *facts.arguments])}`, by `sheer eject` {sheer.__version__} (Apache License 2.0); it is yours, "
+        f"to change as you like.\n# Settings: {emit.described(facts.settings)}.\n"
     )
 
 

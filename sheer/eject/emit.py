@@ -56,13 +56,13 @@ def own_names(program: Program, taken: Iterable[str]) -> dict[str, str]:
 
 def rename(program: Program, names: Mapping[str, str]) -> None:
     """Give definitions other names, in themselves and wherever they are used."""
-    for node in walk(list(program.nodes.values())):
-        if isinstance(node, ast.Name) and node.id in names:
-            node.id = names[node.id]
-        elif (
-            isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in names and node in program.nodes.values()
-        ):
-            node.name = names[node.name]
+    for top in program.nodes.values():
+        own = bound_in(top) if isinstance(top, ast.FunctionDef) else set()
+        for node in walk([top]):
+            if isinstance(node, ast.Name) and node.id in names and node.id not in own:
+                node.id = names[node.id]
+        if isinstance(top, (ast.FunctionDef, ast.ClassDef)):
+            top.name = names[top.name]
     program.nodes = {names.get(name, name): node for name, node in program.nodes.items()}
 
 
@@ -179,13 +179,13 @@ def sorted_imports(statements: Sequence[str]) -> str:
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False).stdout
 
 
-def formatted(text: str) -> str:
+def formatted(text: str, width: int = 120) -> str:
     """Return Python in the layout of ruff.
 
     Raises:
         Refusal: ruff is not installed.
     """
-    command = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", "120", "-"]
+    command = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", str(width), "-"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Refusal(

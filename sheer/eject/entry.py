@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import copy
+from collections.abc import Sequence
 
-from sheer.eject.facts import Facts
-from sheer.eject.fold import dotted
-from sheer.eject.knowledge import marked
-from sheer.eject.scope import parameters, substituted, walk
+from sheer.eject.facts import Facts, Other
+from sheer.eject.fold import dotted, is_constant
+from sheer.eject.knowledge import argument_name, marked
+from sheer.eject.rewrite import Rewrite, is_literal
+from sheer.eject.scope import fresh, parameters, substituted, walk
 
 TYPES = {
     "optimizer": "Optimizer",
@@ -48,6 +50,98 @@ def prepared(fit: ast.FunctionDef, facts: Facts, returned: ast.expr | None = Non
         fit.args.args.append(ast.arg(marked("hparams"), ast.Name("Any", ast.Load())))
     if facts.plain_data:
         fit.body = [_PlainData(facts).visit(statement) for statement in fit.body]
+
+
+TYPES_OF_SETTINGS = {"folder": "str | Path", "monitor": "str"}
+
+
+def take_settings(fit: ast.FunctionDef, kept: Sequence[str]) -> ast.ClassDef:
+    """Give a function the settings that the script computes, as keyword arguments.
+
+    Returns:
+        A class `Settings` that has only these.
+    """
+    names = [argument_name(name) for name in kept]
+    types = [_expression(TYPES_OF_SETTINGS.get(name, "Any")) for name in names]
+    fit.args.kwonlyargs += [ast.arg(f"{name}__given", kind) for name, kind in zip(names, types, strict=True)]
+    fit.args.kw_defaults += [None] * len(names)
+    fit.args.args = [argument for argument in fit.args.args if argument.arg != "cfg"]
+    given = ", ".join(f"{name}={name}__given" for name in names)
+    fit.body[:0] = ast.parse(f"cfg = Settings({given})").body
+    fields = "".join(f"    {name}: {ast.unparse(kind)}\n" for name, kind in zip(names, types, strict=True))
+    made = ast.parse(f"class Settings:\n    pass\n{fields}").body[0]
+    assert isinstance(made, ast.ClassDef)
+    return made
+
+
+def training_device() -> ast.FunctionDef:
+    """Return a function that tells where the model is trained."""
+    text = '''def plain_training_device() -> torch.device:
+    """Return where the model is trained."""
+    return resolve_device(cfg.device)'''
+    made = ast.parse(text).body[0]
+    assert isinstance(made, ast.FunctionDef)
+    return made
+
+
+def evaluations(rewrite: Rewrite) -> dict[str, ast.FunctionDef]:
+    """Return the functions for the calls of `test`, `validate` and `predict`, by the ids of these; one for calls that are alike."""
+    made: dict[str, ast.FunctionDef] = {}
+    names = {"test": "plain_test_metrics", "validate": "plain_validation_metrics", "predict": "plain_predictions"}
+    for key, other in rewrite.others.items():
+        new = evaluation(other, rewrite.script.at(other.call), rewrite, names[other.kind])
+        same = next((known for known in made.values() if ast.dump(known) == ast.dump(new)), new)
+        same.name = same.name if same is not new else fresh(new.name, {known.name for known in made.values()})
+        made[str(key)] = same
+    return made
+
+
+def evaluation(other: Other, call: ast.Call, rewrite: Rewrite, name: str) -> ast.FunctionDef:
+    """Return the function that stands for a call of `test`, `validate` or `predict`."""
+    facts, given = rewrite.facts, {keyword.arg: keyword.value for keyword in call.keywords}
+    is_later = other.call.line > facts.call.line
+    checkpoint, limit = given.get("checkpoint"), given.get("limit_batches")
+    loads = checkpoint is not None and not is_constant(checkpoint, None)
+    events = {
+        event: ", ".join(marked(c.label) for c in facts.callbacks if event in c.events and not (loads and c.averages))
+        for event in ("evaluation_start", "evaluation_end")
+    }
+    told = [marked(logger.label) for logger in facts.loggers] if is_later and other.kind != "predict" else []
+    parameters = ["model: nn.Module", "step_function: Any", "loader: Any"]
+    parameters += ["checkpoint: Any"] * (loads and not is_literal(checkpoint or call))
+    parameters += ["limit_batches: Any"] * (limit is not None and not is_literal(limit))
+    parameters += ["result: Result"] * ((is_later and other.kind != "predict") or loads)
+    parameters += ["info: RunInfo"] * bool(told and other.kind != "predict")
+    parameters += [
+        f"{plugin}: Any" for plugin in dict.fromkeys([*", ".join(events.values()).split(", "), *told]) if plugin
+    ]
+    most = "None" if limit is None else ast.unparse(limit)
+    which = getattr(checkpoint, "value", "")
+    source = repr(which) if loads and is_literal(checkpoint or call) else "checkpoint"
+    load = f"load_weights(model, {source})"
+    if which in ("best", "last"):
+        load = f'model.load_state_dict(load_file(result.run_dir / "checkpoints" / {which!r} / "model.safetensors"))'
+    shown = ", ".join(f"{event}=({labels},)" for event, labels in events.items() if labels)
+    lines = ["device = resolve_device(cfg.device)", "compute = make_compute(cfg.precision, device)"]
+    lines += [load] * loads
+    lines += ["place_model(model, compute)", f"events = Events({shown})"]
+    if other.kind == "predict":
+        step = "functools.partial(step_function, step=0)" if other.numbered else "step_function"
+        lines += [f"return predict(model, {step}, loader, compute, events, {most})"]
+        said, returned = "Return an iterator over what a step returns for each batch.", "Iterator[Any]"
+    else:
+        prefix = "test" if other.kind == "test" else "val"
+        lines += [f"evaluation = Evaluation(step_function, loader, {prefix!r}, {most}, {other.numbered})"]
+        lines += ["metrics = evaluate(model, evaluation, compute, events, 0, {})"]
+        lines += ["plain_report(result, metrics)"] * is_later
+        for logger in told:
+            lines += [f"{logger}.start(info)", f"{logger}.log(result.step, metrics)", f"{logger}.close()"]
+        lines += ["return metrics"]
+        said, returned = "Return the means of what a step returns, over all batches of a loader.", "dict[str, float]"
+    body = "\n    ".join([f'"""{said}"""', *lines])
+    made = ast.parse(f"def {name}({', '.join(parameters)}) -> {returned}:\n    {body}").body[0]
+    assert isinstance(made, ast.FunctionDef)
+    return made
 
 
 class _FirstRead(ast.NodeTransformer):

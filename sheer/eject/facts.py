@@ -32,6 +32,15 @@ class Plugin:
 
 
 @dataclass(frozen=True)
+class Other:
+    """A later call of `test`, `validate` or `predict` on the same trainer."""
+
+    call: Span
+    kind: str
+    numbered: bool  # whether its step takes the step's number
+
+
+@dataclass(frozen=True)
 class Facts:
     """A call that trains, as it was reached."""
 
@@ -55,6 +64,9 @@ class Facts:
     plain_data: bool = False  # whether the training loader is one that the plain twin reads
     returns: str = ""  # "Mapping" where the step is seen to return one
     uses: tuple[str, ...] = field(default=())  # of "Mean", "media" and "computed" what metrics may be
+    others: tuple[Other, ...] = ()
+    arguments: tuple[str, ...] = ()  # of the script
+    modules: tuple[str, ...] = ()  # modules of the user's own that import the library, each with the line
 
     def to_json(self) -> str:
         """Write the facts down."""
@@ -68,7 +80,10 @@ class Facts:
             values[name] = Span(*values[name])
         for name in ("callbacks", "loggers"):
             values[name] = tuple(Plugin(**{**p, "events": tuple(p["events"])}) for p in values[name])
-        for name in ("none", "functions", "numbered", "uses"):
+        values["others"] = tuple(
+            Other(Span(*other["call"]), other["kind"], other["numbered"]) for other in values["others"]
+        )
+        for name in ("none", "functions", "numbered", "uses", "arguments", "modules"):
             values[name] = tuple(values[name])
         if values["val_names"] is not None:
             values["val_names"] = tuple(values["val_names"])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sheer.eject.scope import walk
 from sheer.eject.source import Notes, notes_of, with_notes
 
 Display = ast.Tuple | ast.List | ast.Dict | ast.Set
@@ -103,7 +104,7 @@ def truth(node: ast.expr) -> bool | None:
 
 def is_pure(node: ast.AST) -> bool:
     """Whether an expression can be left out, or evaluated twice, without a difference: it only reads."""
-    return all(isinstance(part, _READS) for part in ast.walk(node))
+    return all(isinstance(part, _READS) for part in walk([node]))
 
 
 _IDLE = frozenset(
@@ -117,7 +118,7 @@ _IDLE_METHODS = frozenset({"startswith", "get", "items", "keys", "values", "copy
 
 def is_idle(node: ast.AST) -> bool:
     """Whether an expression can be left out: what it calls does nothing but return."""
-    for part in ast.walk(node):
+    for part in walk([node]):
         if isinstance(part, ast.Call):
             method = part.func.attr if isinstance(part.func, ast.Attribute) else ""
             if dotted(part.func) not in _IDLE and method not in _IDLE_METHODS:

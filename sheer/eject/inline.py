@@ -41,7 +41,7 @@ def inline_expressions(program: Program) -> bool:
 
 
 def _is_small(expression: ast.expr) -> bool:
-    return sum(isinstance(part, ast.expr) for part in ast.walk(expression)) <= 12
+    return sum(isinstance(part, ast.expr) for part in walk([expression])) <= 12
 
 
 class _ExpressionCall(ast.NodeTransformer):
@@ -56,16 +56,16 @@ class _ExpressionCall(ast.NodeTransformer):
         if given is None:
             return node
         values: dict[str, ast.expr] = {}
-        uses = [part.id for part in ast.walk(self.value) if isinstance(part, ast.Name)]
+        uses = [part.id for part in walk([self.value]) if isinstance(part, ast.Name)]
         for parameter in parameters(self.function):
             value = given.get(parameter.arg, default_of(self.function, parameter.arg))
             if value is None or not (is_pure(value) or (uses.count(parameter.arg) == 1 and len(given) == 1)):
                 return node
             values[parameter.arg] = value
         inner = {
-            part.id for part in ast.walk(self.value) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+            part.id for part in walk([self.value]) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
         }
-        if inner & {part.id for value in values.values() for part in ast.walk(value) if isinstance(part, ast.Name)}:
+        if inner & {part.id for value in values.values() for part in walk([value]) if isinstance(part, ast.Name)}:
             return node  # a comprehension would capture it
         self.changed = True
         statement = substituted([ast.Expr(self.value)], values)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from sheer.settings import Checkpoint, Settings
 
 Answer = Callable[[ast.Call], ast.expr | None]
 
-RECORDS = ("Plugins", "Compute", "Evaluation", "Events", "RunInfo", "PlainLength", "Run", "Progress")
+RECORDS = ("Plugins", "Compute", "Evaluation", "Events", "RunInfo", "PlainLength", "Run", "Progress", "Settings")
 INPUT_ERRORS = frozenset({"SettingsError", "StepError", "ModelError", "DataError", "MissingPackageError"})
 CHECKS = frozenset(
     {
@@ -40,6 +40,7 @@ TWINS = {
     "newest_good": "plain_newest_good",
     "load_model": "plain_load_model",
     "prune": "plain_prune",
+    "load_weights": "plain_load_weights",
     "encode": "plain_encode",
     "decode": "plain_decode",
     "Session": "plain_session",
@@ -66,16 +67,23 @@ class Knowledge:
     settings: Mapping[str, Any] = field(default_factory=dict)  # by the names of their constants
 
 
+def argument_name(setting: str) -> str:
+    """Return the name of the argument for a setting that the script computes."""
+    return "folder" if setting == "run_dir" else setting.replace("checkpoint.keep", "keep").replace(".", "_")
+
+
 def marked(label: str) -> str:
     """Return the name that an object of the script has while its call is specialised: no local of the library's is called so."""
     return f"{label}__given"
 
 
-def knowledge_of(facts: Facts, library_checks: frozenset[str], tables: Mapping[str, ast.Dict]) -> Knowledge:
-    """Return what a script's settings and objects decide."""
-    values, settings = settings_of(facts)
+def knowledge_of(
+    facts: Facts, library_checks: frozenset[str], tables: Mapping[str, ast.Dict], kept: Sequence[str]
+) -> Knowledge:
+    """Return what a script's settings and objects decide; `kept` names the settings that it computes."""
+    values, settings = settings_of(facts, kept)
     saves = facts.settings["checkpoint"] is not None
-    present = {f"cfg.{name}" for name, value in values.items() if value is not None}
+    present = {f"cfg.{name}" for name in [*values, *kept, *map(argument_name, kept)]}
     plain_metrics = "media" not in facts.uses and "computed" not in facts.uses
     answers = answers_of(facts)
     absent = {"Image", "Text", "Figure"} if "media" not in facts.uses else set()
@@ -137,8 +145,8 @@ def batch_twins(facts: Facts) -> dict[str, str]:
     return {"move": f"moved_{facts.batch}", "count_samples": f"size_of_{facts.batch}"}
 
 
-def settings_of(facts: Facts) -> tuple[dict[str, ast.expr], dict[str, Any]]:
-    """Return what stands for each setting, and the values of the constants among them."""
+def settings_of(facts: Facts, kept: Sequence[str]) -> tuple[dict[str, ast.expr], dict[str, Any]]:
+    """Return what stands for each setting, and the values of the constants among them; those in `kept` come from the script."""
     values: dict[str, ast.expr] = {}
     constants: dict[str, Any] = {}
     flat = {f.name: facts.settings[f.name] for f in dataclasses.fields(Settings) if f.name != "checkpoint"}
@@ -148,13 +156,12 @@ def settings_of(facts: Facts) -> tuple[dict[str, ast.expr], dict[str, Any]]:
         flat |= {f"checkpoint.{f.name}": saves[f.name] for f in dataclasses.fields(Checkpoint)}
         del values["checkpoint"]
     for name, value in flat.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        is_off = value in (0, 1) and name in (
-            "overfit_batches",
-            "accumulate_grad_batches",
-            "fast_dev_run",
-            "checkpoint.keep_best",
-        )
+        if name in kept:
+            if argument_name(name) != name:
+                values[name] = parsed(f"cfg.{argument_name(name)}")
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and name != "fast_dev_run"
+        is_off = value in (0, 1) and name in ("overfit_batches", "accumulate_grad_batches", "checkpoint.keep_best")
         if (is_number and not is_off) or (
             (isinstance(value, str) and name in ("monitor", "run_dir"))
             or (name == "resume" and value not in (None, "auto"))
@@ -218,7 +225,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
 def chosen_folder(facts: Facts) -> ast.expr:
     """Return the folder of the run."""
     goes_on = facts.settings["resume"] == "auto"
-    return parsed(f"plain_folder(Path(RUN_DIR), {goes_on})")
+    return parsed(f"plain_folder(Path({'RUN_DIR' if facts.settings['run_dir'] is None else 'cfg.run_dir'}), {goes_on})")
 
 
 def watched(call: ast.Call) -> ast.expr:

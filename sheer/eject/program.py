@@ -42,7 +42,7 @@ class Program:
         self.nodes = reached
 
     def _with_twins(self, node: Definable) -> Definable:
-        for part in ast.walk(node):
+        for part in walk([node]):
             if isinstance(part, ast.Name) and part.id in self.twins:
                 part.id = self.twins[part.id]
         return node
@@ -81,7 +81,7 @@ def free_names(node: ast.AST) -> list[str]:
     names: dict[str, None] = {}
     for part in node.body if isinstance(node, ast.ClassDef) else [node]:
         own = bound_in(part) if isinstance(part, ast.FunctionDef) else set()
-        read = [n.id for n in ast.walk(part) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+        read = [n.id for n in walk([part]) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
         names.update({name: None for name in read if name not in own})
     if isinstance(node, ast.ClassDef):
         outside = [*node.bases, *node.keywords, *node.decorator_list]

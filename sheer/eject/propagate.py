@@ -177,7 +177,7 @@ def _shape(display: ast.expr) -> str:
 
 
 def _names(display: ast.AST) -> list[ast.Name]:
-    return [part for part in ast.walk(display) if isinstance(part, ast.Name)]
+    return [part for part in walk([display]) if isinstance(part, ast.Name)]
 
 
 def _take_apart(function: ast.FunctionDef, calls: list[ast.Call], parameter: ast.arg, given: list[ast.expr]) -> None:

@@ -110,7 +110,7 @@ class _Property(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         if node.attr == self.name and isinstance(node.value, ast.Name) and node.value.id == self.holder:
             new = copy.deepcopy(self.value)
-            for part in ast.walk(new):
+            for part in walk([new]):
                 if isinstance(part, ast.Name) and part.id == "self":
                     part.id = self.holder
             return new
@@ -268,7 +268,7 @@ class _Exploded(ast.NodeTransformer):
                 empty = isinstance(value, (ast.List, ast.Dict)) and not ast.unparse(value).strip("[]{}")
                 kind = copy.deepcopy(self.fields[field].annotation)
                 out.append(ast.AnnAssign(name, kind, value, 1) if empty else ast.Assign([name], value))
-            elif any(isinstance(part, ast.Call) for part in ast.walk(value)):
+            elif any(isinstance(part, ast.Call) for part in walk([value])):
                 out.append(ast.Expr(value))  # it may do something
         return [ast.copy_location(statement, call) for statement in out]
 

@@ -5,46 +5,142 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from sheer.eject.emit import formatted
 from sheer.eject.facts import Facts
-from sheer.eject.scope import parameters
+from sheer.eject.knowledge import argument_name
+from sheer.eject.scope import fresh, parameters
 from sheer.eject.script import Script
+from sheer.settings import Checkpoint, Settings
 
 MEDIA = ("Image", "Text", "Figure")
-ARGUMENTS = ("model", "step", "train_loader", "val_loader")
+MADE_HERE = ("Trainer", "Checkpoint", "seed_everything")
+ARGUMENTS = {
+    "fit": ("model", "step", "train_loader", "val_loader"),
+    "start": ("model",),
+    "test": ("model", "step", "loader"),
+}
 PASSED = {
     "step_function": "step",
     "eval_function": "eval_step",
     "make_optimizer": "optimizer",
     "make_scheduler": "scheduler",
 }
+VALUES = {"rank": "0", "world_size": "1"}  # attributes of a trainer, as long as one process trains
+
+
+@dataclass(frozen=True)
+class Given:
+    """A setting that the script computes: the expression, and how the ejected script gets it."""
+
+    name: str  # as in `checkpoint.every_n_steps`
+    value: ast.expr
+    is_kept: bool  # as an argument; otherwise it is frozen to what it was, and an assert says so
 
 
 class Rewrite:
-    """The call that trains, the statement that makes the trainer, and all other places; `facts` knows of all of them."""
+    """The call that trains, the one that makes the trainer, and all other places; `facts` knows of all of them."""
 
     def __init__(self, script: Script, facts: Facts) -> None:
         self.script = script
-        self.call = script.at(facts.call)
-        self.trainer = script.at(facts.trainer)
+        self.call, self.trainer = script.at(facts.call), script.at(facts.trainer)
         uses = [*facts.uses]
         for _, name in script.references():
             uses += ["Mean"] * (name in ("Mean", "mean")) + ["media"] * (name in MEDIA)
         self.facts = dataclasses.replace(facts, uses=tuple(dict.fromkeys(uses)))
-        statement = script.statement(self.trainer)
-        if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
-            raise script.refusal(
-                self.trainer, "the trainer needs a name: write trainer = sheer.Trainer(...) on a line of its own."
+        self.making = self._making()
+        self.given = list(self._computed())
+        self.others = {id(script.at(other.call)): other for other in facts.others}
+        self.devices = [node for node, name in self._uses() if name == "device"]
+        self.result = self._result_name()
+
+    def _making(self) -> ast.Assign | None:
+        """Return the statement that gives the trainer its name; None where the call is made on it at once."""
+        statement = self.script.statement(self.trainer)
+        if isinstance(self.call.func, ast.Attribute) and self.call.func.value is self.trainer:
+            return None
+        is_assigned = isinstance(statement, ast.Assign) and statement.value is self.trainer
+        if isinstance(statement, ast.Assign) and is_assigned and isinstance(statement.targets[0], ast.Name):
+            return statement
+        raise self.script.refusal(
+            self.trainer, "the trainer needs a name: write trainer = sheer.Trainer(...) on a line of its own."
+        )
+
+    def _uses(self) -> Iterator[tuple[ast.Attribute, str]]:
+        """Yield where an attribute of the trainer is read, with its name.
+
+        Raises:
+            Refusal: the trainer is used as a value, so that not all that is done with it can be seen.
+        """
+        if self.making is None:
+            return
+        assert isinstance(self.making.targets[0], ast.Name)
+        for node in ast.walk(self.script.function_of(self.making)):
+            if isinstance(node, ast.Name) and node.id == self.making.targets[0].id and isinstance(node.ctx, ast.Load):
+                parent = self.script.parents[id(node)]
+                if not isinstance(parent, ast.Attribute):
+                    raise self.script.refusal(
+                        node,
+                        "the trainer is passed on, and what is done with it there cannot be seen. Call its methods here.",
+                    )
+                yield parent, parent.attr
+
+    def _result_name(self) -> str | None:
+        """Return what the script calls the result, or will call it where another call needs it."""
+        statement = self.script.statement(self.call)
+        if (
+            isinstance(statement, ast.Assign)
+            and statement.value is self.call
+            and isinstance(statement.targets[0], ast.Name)
+        ):
+            return statement.targets[0].id
+        if not self.others and not any(name == "run_dir" for _, name in self._uses()):
+            return None
+        if not (isinstance(statement, ast.Expr) and statement.value is self.call):
+            raise self.script.refusal(
+                self.call, "the result of fit needs a name here: write result = trainer.fit(...)."
             )
-        self.making, self.name = statement, statement.targets[0].id
+        return fresh("result", self.script.names())
+
+    def _computed(self) -> Iterator[Given]:
+        """Yield the settings that the script computes, rather than write down."""
+        if self.facts.settings["fast_dev_run"]:
+            return
+        for name, value in settings_in(self.trainer, self.script):
+            captured = self._captured(name)
+            number = isinstance(captured, (int, float)) and not isinstance(captured, bool)
+            kept = number or (isinstance(captured, str) and name in ("run_dir", "monitor"))
+            is_off = captured in (0, 1) and name in (
+                "overfit_batches",
+                "accumulate_grad_batches",
+                "checkpoint.keep_best",
+            )
+            if not is_literal(value):
+                yield Given(name, value, kept and not is_off and name != "max_time")
+
+    def _captured(self, name: str) -> Any:
+        owner, _, inner = name.rpartition(".")
+        return (self.facts.settings[owner] or {}).get(inner) if owner else self.facts.settings[name]
+
+    def kept(self) -> list[str]:
+        """Return the names of the settings that the script hands over."""
+        return [given.name for given in self.given if given.is_kept]
 
     def classes(self) -> list[str]:
         """Return the library's definitions that the script itself uses."""
         inside = {id(node) for node in ast.walk(self.trainer)}
-        names = [name for node, name in self.script.references() if id(node) not in inside]
+        outside = [(node, name) for node, name in self.script.references() if id(node) not in inside]
+        for node, name in outside:
+            if name in ("Trainer", "Checkpoint", "Settings", "find_lr", "data"):
+                raise self.script.refusal(
+                    node, f"sheer.{name} is used here, which has no form without the library.{_WAYS_OUT.get(name, '')}"
+                )
+        names = [name for _, name in outside]
         names += [plugin.name for plugin in (*self.facts.callbacks, *self.facts.loggers) if plugin.is_ours]
-        return list(dict.fromkeys(name for name in names if name not in ("Trainer", "Checkpoint", "seed_everything")))
+        return list(dict.fromkeys(name for name in names if name not in MADE_HERE))
 
     def freed(self) -> set[str]:
         """Return names that the script has for the library, and will not have any more."""
@@ -52,32 +148,73 @@ class Rewrite:
 
     def returned(self) -> ast.expr | None:
         """Return what the call is to return: nothing where the script does not use it."""
-        return (
-            None
-            if isinstance(self.script.statement(self.call), ast.Expr)
-            else ast.parse("result(run)", mode="eval").body
-        )
+        is_used = self.result is not None or not isinstance(self.script.statement(self.call), ast.Expr)
+        value = "(result_of(run), run.info)" if self.tells_loggers() else "result_of(run)"
+        return ast.parse(value, mode="eval").body if is_used else None
 
-    def edit(self, fit: ast.FunctionDef, names: Mapping[str, str]) -> None:
-        """Note all changes of the script's text."""
+    def tells_loggers(self) -> bool:
+        """Whether the loggers are told of the metrics of later calls."""
+        return bool(self.facts.loggers) and any(other.kind != "predict" for other in self.facts.others)
+
+    def edit(self, functions: Mapping[str, ast.FunctionDef], names: Mapping[str, str]) -> None:
+        """Note all changes of the script's text.
+
+        Args:
+            functions: what the script calls, by what it stands for: "fit", and the others by the ids of their calls.
+            names: what the definitions of the library are called in the script.
+        """
         script = self.script
-        inside = {id(node) for node in ast.walk(self.trainer)}
-        objects = self._setting_up(names)
-        if objects:
-            script.replace(self.making, objects)
-        else:
+        for reference, name in script.references():
+            if not self._seeded(reference, name) and name in names:
+                script.replace(reference, names[name])
+        calls = [(self.call, ARGUMENTS[self.facts.kind], functions["fit"])]
+        for node, attribute in self._uses():
+            call = script.parents[id(node)]
+            if id(call) in self.others and isinstance(call, ast.Call):
+                calls.append((call, ARGUMENTS["test"], functions[str(id(call))]))
+            elif attribute == "device":
+                script.replace(node, f"{names['plain_training_device']}()")
+            elif attribute == "run_dir" and node.lineno > self.call.lineno:
+                script.replace(node, f"{self.result}.run_dir")
+            elif attribute in VALUES:
+                script.replace(node, VALUES[attribute])
+            elif call is not self.call:
+                raise script.refusal(node, f"trainer.{attribute} cannot be ejected here.{_WAYS_OUT.get(attribute, '')}")
+        setup = self._setting_up()
+        for call, arguments, function in sorted(calls, key=lambda each: len(ast.dump(each[0]))):  # inner ones first
+            self._replace_call(call, arguments, function, names)
+        if self.making is not None and setup:
+            script.replace(self.making, self._indented(setup, self.making))
+        elif self.making is not None:
             script.remove(self.making)
-        given = self._given(names)
-        wanted = [p.arg if p.arg in given else re.sub(r"(__given|_\d+)+$", "", p.arg) for p in parameters(fit)]
+        script.remove_imports()
+        if self.making is None:
+            script.insert_before(script.statement(self.call), setup)
+
+    def _replace_call(
+        self, call: ast.Call, arguments: tuple[str, ...], function: ast.FunctionDef, names: Mapping[str, str]
+    ) -> None:
+        given = self._given(call, arguments)
+        wanted = [p.arg if p.arg in given else re.sub(r"(__given|_\d+)+$", "", p.arg) for p in parameters(function)]
         missing = [name for name in wanted if name not in given]
         if missing:
-            raise script.refusal(self.call, f"the call gives no {missing[0]}.")
-        script.replace(self.call, f"{names['fit']}({', '.join(given[name] for name in wanted)})")
-        inside |= {id(node) for node in ast.walk(self.call)}
-        for node, name in script.references():
-            if id(node) not in inside and not self._seeded(node, name):
-                script.replace(node, names[name])
-        script.remove_imports()
+            raise self.script.refusal(call, f"the call gives no {missing[0]}.")
+        first_named = len(function.args.args)
+        own = [parameter.arg for parameter in parameters(function)]
+        passed = [given[n] if i < first_named else f"{own[i]}={given[n]}" for i, n in enumerate(wanted)]
+        text = f"{names[function.name]}({', '.join(passed)})"
+        statement = self.script.statement(call)
+        if call is self.call and self.result is not None:
+            target = f"{self.result}, info" if self.tells_loggers() else self.result
+            self.script.replace(statement, self._formatted(f"{target} = {text}", statement))
+        elif isinstance(statement, ast.Expr) and statement.value is call:
+            self.script.replace(statement, self._formatted(text, statement))
+        else:
+            self.script.replace(call, text)
+
+    def _formatted(self, text: str, statement: ast.stmt) -> str:
+        lines = formatted(text, 120 - statement.col_offset).splitlines()
+        return self._indented(lines, statement)
 
     def _seeded(self, node: ast.expr, name: str) -> bool:
         """Write out the seeding, where it is a statement of its own."""
@@ -85,10 +222,9 @@ class Rewrite:
         statement = self.script.parents[id(call)]
         if name != "seed_everything" or not isinstance(statement, ast.Expr) or not isinstance(call, ast.Call):
             return False
-        indent = " " * statement.col_offset
         given = ", ".join(self.script.source(value) for value in call.args)
         seeds = [f"{function}({given})" for function in ("random.seed", "np.random.seed", "torch.manual_seed")]
-        self.script.replace(statement, f"\n{indent}".join(seeds))
+        self.script.replace(statement, self._indented(seeds, statement))
         return True
 
     def seeds(self) -> list[str]:
@@ -97,40 +233,91 @@ class Rewrite:
             return ["import random", "import numpy as np", "import torch"]
         return []
 
-    def _setting_up(self, names: Mapping[str, str]) -> str:
-        """Return the statements for the objects that the trainer was given."""
+    def _indented(self, lines: list[str], statement: ast.stmt) -> str:
+        return f"\n{' ' * statement.col_offset}".join(lines)
+
+    def _setting_up(self) -> list[str]:
+        """Return the statements for what the trainer was given: objects, and settings that are computed."""
         lines = []
         keywords = {keyword.arg: keyword.value for keyword in self.trainer.keywords}
         for argument, plugins in (("callbacks", self.facts.callbacks), ("loggers", self.facts.loggers)):
             value = keywords.get(argument)
+            if plugins and value is None:
+                raise self.script.refusal(self.trainer, f"** hides the {argument}. Write {argument}=[...] out.")
             if not plugins or value is None:
                 continue
-            if not isinstance(value, (ast.List, ast.Tuple)):
+            if not isinstance(value, (ast.List, ast.Tuple)) or any(isinstance(v, ast.Starred) for v in value.elts):
                 labels = ", ".join(plugin.label for plugin in plugins)
-                lines.append(f"({labels},) = {self.script.source(value)}")
+                lines.append(f"[{labels}] = {self.script.source(value)}")
                 continue
             for plugin, item in zip(plugins, value.elts, strict=True):
-                lines.append(f"{plugin.label} = {self._without_package(item, names)}")
+                lines.append(f"{plugin.label} = {self.script.source(item)}")
         if self.facts.has_hparams:
             lines.append(f"hparams = {self.script.source(keywords['hparams'])}")
-        indent = " " * self.making.col_offset
-        return f"\n{indent}".join(lines)
+        for given in self.given:
+            if given.is_kept and not _is_name(given.value):
+                lines.append(f"{argument_name(given.name)} = {self.script.source(given.value)}")
+            elif not given.is_kept and given.name != "max_time":
+                lines.append(self._assertion(given))
+        return lines
 
-    def _without_package(self, node: ast.expr, names: Mapping[str, str]) -> str:
-        text = self.script.source(node)
-        for reference, name in self.script.references():
-            if any(part is reference for part in ast.walk(node)):
-                text = text.replace(self.script.source(reference), names.get(name, name), 1)
-        return text
+    def _assertion(self, given: Given) -> str:
+        value, text = self._captured(given.name), self.script.source(given.value)
+        if given.name == "checkpoint":
+            value, text = value is not None, f"bool({text})"
+        test = f"{text} is {value!r}" if value is None or isinstance(value, bool) else f"{text} == {value!r}"
+        return f"assert {test}, {f'this loop was written for {given.name}={value!r}'!r}"
 
-    def _given(self, names: Mapping[str, str]) -> dict[str, str]:
-        """Return what the call passes, by the names of the parameters of `fit`."""
-        given = {
-            name: self._without_package(value, names) for name, value in zip(ARGUMENTS, self.call.args, strict=False)
-        }
-        if any(isinstance(a, ast.Starred) for a in self.call.args) or any(k.arg is None for k in self.call.keywords):
-            raise self.script.refusal(self.call, "* and ** hide what is passed. Write the arguments out.")
-        given |= {k.arg: self._without_package(k.value, names) for k in self.call.keywords if k.arg}
+    def _given(self, call: ast.Call, arguments: tuple[str, ...]) -> dict[str, str]:
+        """Return what a call passes, by the names of the parameters of the function that it will call."""
+        if any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords):
+            raise self.script.refusal(call, "* and ** hide what is passed. Write the arguments out.")
+        given = {name: self.script.source(value) for name, value in zip(arguments, call.args, strict=False)}
+        given |= {k.arg: self.script.source(k.value) for k in call.keywords if k.arg}
         out = {**given, **{new: given[old] for new, old in PASSED.items() if old in given}}
         out |= {plugin.label: plugin.label for plugin in (*self.facts.callbacks, *self.facts.loggers)}
+        for setting in (setting for setting in self.given if setting.is_kept):
+            name = argument_name(setting.name)
+            out[name] = self.script.source(setting.value) if _is_name(setting.value) else name
+        out |= {"result": self.result, "info": "info"} if self.result is not None else {}
         return out | ({"hparams": "hparams"} if self.facts.has_hparams else {})
+
+
+_WAYS_OUT = {
+    "fit": " Eject a script for each call that trains.",
+    "start": " Eject a script for each call that trains.",
+    "run_dir": " Read it from the result, behind fit.",
+    "Settings": " Give the settings in the call of Trainer.",
+    "Checkpoint": " Write it in the call of Trainer.",
+}
+
+
+def settings_in(trainer: ast.Call, script: Script) -> Iterator[tuple[str, ast.expr]]:
+    """Yield the settings that a call of Trainer gives, those of its checkpoint by dotted names."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    references = {id(node): name for node, name in script.references()}
+    for keyword in trainer.keywords:
+        value = keyword.value
+        if (
+            keyword.arg == "checkpoint"
+            and isinstance(value, ast.Call)
+            and references.get(id(value.func)) == "Checkpoint"
+        ):
+            fields = [field.name for field in dataclasses.fields(Checkpoint)]
+            given = dict(zip(fields, value.args, strict=False)) | {k.arg: k.value for k in value.keywords if k.arg}
+            yield from ((f"checkpoint.{name}", inner) for name, inner in given.items())
+        elif keyword.arg in known:
+            yield keyword.arg, value
+
+
+def is_literal(value: ast.expr) -> bool:
+    """Whether an expression is a value written down."""
+    try:
+        ast.literal_eval(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_name(value: ast.expr) -> bool:
+    return isinstance(value, ast.Name) or (isinstance(value, ast.Attribute) and _is_name(value.value))

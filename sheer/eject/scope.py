@@ -31,13 +31,29 @@ def default_of(function: ast.FunctionDef, name: str) -> ast.expr | None:
 
 
 def walk(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """Yield all nodes of several trees."""
-    for node in nodes:
-        yield from ast.walk(node)
+    """Yield all nodes of several trees, each before what is in it; contexts and operators, which hold nothing, are left out."""
+    waiting = list(nodes)
+    waiting.reverse()
+    while waiting:
+        node = waiting.pop()
+        yield node
+        fields = _FIELDS.get(type(node))
+        if fields is None:
+            fields = _FIELDS[type(node)] = tuple(name for name in node._fields[::-1] if name not in _LEAVES)
+        for name in fields:
+            value = getattr(node, name, None)
+            if isinstance(value, list):
+                waiting += [part for part in value[::-1] if isinstance(part, ast.AST)]
+            elif isinstance(value, ast.AST):
+                waiting.append(value)
+
+
+_LEAVES = frozenset({"ctx", "op", "ops", "id", "attr", "arg", "lineno", "type_comment", "kind", "level", "simple"})
+_FIELDS: dict[type[ast.AST], tuple[str, ...]] = {}  # of each kind of node those that may hold others, the last first
 
 
 def _targets(node: ast.AST) -> set[str]:
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    return {part.id for part in walk([node]) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
 
 
 def assignments(body: Iterable[ast.stmt]) -> Counter[str]:
@@ -48,7 +64,7 @@ def assignments(body: Iterable[ast.stmt]) -> Counter[str]:
         for node in walk(body)
         if isinstance(node, _COMPREHENSIONS)
         for g in node.generators
-        for part in ast.walk(g.target)
+        for part in walk([g.target])
     }
     for node in walk(body):
         if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)) and id(node) not in inner:

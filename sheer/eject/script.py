@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,9 +73,10 @@ class Script:
                 yield node, self.imported[node.id]
 
     def source(self, node: ast.expr) -> str:
-        """Return the text of an expression as it is in the script."""
+        """Return the text of an expression, with the changes that were noted inside of it."""
         start, end = self._offsets(node)
-        return self.text.encode()[start:end].decode()
+        inside = [(a - start, b - start, new) for a, b, new in self.edits if start <= a and b <= end]
+        return edited(self.text.encode()[start:end], inside).decode()
 
     def offset(self, line: int, column: int) -> int:
         """Return where a line and a column, in bytes, are in the text, in bytes."""
@@ -86,8 +87,16 @@ class Script:
         return self.offset(span.line, span.column), self.offset(span.end_line, span.end_column)
 
     def replace(self, node: ast.AST, new: str) -> None:
-        """Put a text in the place of a node."""
-        self.edits.append((*self._offsets(node), new))
+        """Put a text in the place of a node, and of all changes inside of it."""
+        start, end = self._offsets(node)
+        self.edits = [edit for edit in self.edits if not (start <= edit[0] and edit[1] <= end)]
+        self.edits.append((start, end, new))
+
+    def insert_before(self, statement: ast.stmt, lines: list[str]) -> None:
+        """Put lines before a statement, as far to the right as it is."""
+        start, _ = self._offsets(statement)
+        text = "".join(f"{line}\n{' ' * statement.col_offset}" for line in lines)
+        self.edits.append((start, start, text))
 
     def remove(self, statement: ast.stmt) -> None:
         """Take a statement out, with its lines if it is alone on them."""
@@ -97,9 +106,11 @@ class Script:
         line_end = len(text) if line_end < 0 else line_end + 1
         rest = text[end:line_end].strip()
         if not text[line_start:start].strip() and (not rest or rest.startswith(b"#")):
-            self.edits.append((line_start, line_end, ""))
+            start, end, new = line_start, line_end, ""
         else:
-            self.edits.append((start, end, "pass"))
+            new = "pass"
+        self.edits = [edit for edit in self.edits if not (start <= edit[0] and edit[1] <= end)]
+        self.edits.append((start, end, new))
 
     def remove_imports(self) -> None:
         """Take the package out of the import statements."""
@@ -115,10 +126,7 @@ class Script:
 
     def edited(self) -> str:
         """Return the text with all changes made."""
-        text = self.text.encode()
-        for start, end, new in sorted(self.edits, reverse=True):
-            text = text[:start] + new.encode() + text[end:]
-        return text.decode()
+        return edited(self.text.encode(), self.edits).decode()
 
     def after_imports(self) -> int:
         """Return the offset, in bytes, of the line behind the last import statement at the top."""
@@ -131,8 +139,10 @@ class Script:
         return self.offset(last + 1, 0)
 
     def import_statements(self) -> set[str]:
-        """Return what the script's imports at its top bind, each as a statement of its own."""
-        return {statement for _, statement in imported(self.tree.body)}
+        """Return what the imports at the head of the script bind, each as a statement of its own."""
+        at = self.after_imports()
+        head = [node for node in self.tree.body if self._offsets(node)[1] <= at]
+        return {statement for _, statement in imported(head)}
 
     def with_block(self, head: str, imports: str, block: str) -> str:
         """Return the text with all changes made: a head before the imports, new imports and definitions behind them."""
@@ -159,6 +169,13 @@ class Script:
     def attributes(self) -> frozenset[str]:
         """Return the names of all attributes that the script reads."""
         return frozenset(node.attr for node in ast.walk(self.tree) if isinstance(node, ast.Attribute))
+
+
+def edited(text: bytes, edits: Iterable[tuple[int, int, str]]) -> bytes:
+    """Return a text with the pieces between two places each replaced."""
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new.encode() + text[end:]
+    return text
 
 
 def span_of(node: ast.AST) -> Span:

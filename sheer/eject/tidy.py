@@ -32,7 +32,7 @@ def use_directly(program: Program) -> None:
 
 
 def _bodies(function: ast.FunctionDef) -> list[list[ast.stmt]]:
-    found = [getattr(node, field, None) for node in ast.walk(function) for field in ("body", "orelse", "finalbody")]
+    found = [getattr(node, field, None) for node in walk([function]) for field in ("body", "orelse", "finalbody")]
     return [body for body in found if isinstance(body, list)]
 
 
@@ -41,7 +41,7 @@ def _is_computed_once(statement: ast.stmt, function: ast.FunctionDef) -> bool:
     if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
         return False
     count = assignments(function.body)
-    for part in ast.walk(statement.value):
+    for part in walk([statement.value]):
         known = isinstance(
             part, (ast.BinOp, ast.UnaryOp, ast.Constant, ast.Subscript, ast.operator, ast.unaryop, ast.expr_context)
         )
@@ -63,7 +63,7 @@ def _moved(body: list[ast.stmt], index: int, function: ast.FunctionDef) -> bool:
         if (
             simple
             and reads([target])[name]
-            and not any(isinstance(n, (ast.ListComp, ast.DictComp)) for n in ast.walk(target))
+            and not any(isinstance(n, (ast.ListComp, ast.DictComp)) for n in walk([target]))
         ):
             body[later : later + 1] = substituted([target], {name: statement.value})
             del body[index]

@@ -116,7 +116,7 @@ def trim_classes(program: Program, kept: Set[str]) -> None:
             before = list(fields_of(node))
             node.body = [part for part in node.body if not _is_unread(part, used, asked)] or [ast.Pass()]
             if any(
-                isinstance(part, ast.Attribute) and part.attr == "asdict" for part in ast.walk(node)
+                isinstance(part, ast.Attribute) and part.attr == "asdict" for part in walk([node])
             ):  # it reads them all
                 node.body = _with_all_fields(program.library[node.name].node, node)
             _trim_constructions(program, node, before)

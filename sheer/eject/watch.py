@@ -95,6 +95,15 @@ def elsewhere(tree: ast.Module, run_dir: str) -> ast.Module:
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "RUN_DIR":
             node.value = ast.Constant(run_dir)
+    takers = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and "folder" in [argument.arg for argument in node.args.kwonlyargs]
+    }
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if isinstance(call.func, ast.Name) and call.func.id in takers:  # a script that computes it hands it over
+            for keyword in (keyword for keyword in call.keywords if keyword.arg == "folder"):
+                keyword.value = ast.Constant(run_dir)
     return ast.fix_missing_locations(tree)
 
 

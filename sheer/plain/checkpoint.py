@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sheer.checkpoint.store import Saved, ranked
@@ -86,6 +86,14 @@ def plain_prune(directory: Path, step: int, *, keep_last: int, keep_best: int, m
 def plain_load_model(model: nn.Module, state: dict[str, Any], source: Path) -> None:
     """Load weights by name."""
     model.load_state_dict(state)
+
+
+def plain_load_weights(model: nn.Module, source: str | Path, which: str = "best") -> Path:
+    """Load the weights of a run, a checkpoint, or a safetensors file into a model, and return where they are from."""
+    path = Path(source)
+    path = (path / "checkpoints" / which).resolve() if (path / "checkpoints").is_dir() else path
+    model.load_state_dict(load_file(path if path.is_file() else path / "model.safetensors"))
+    return path
 
 
 def plain_encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:

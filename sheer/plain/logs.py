@@ -16,7 +16,7 @@ from torch import nn
 
 from sheer.events import Events
 from sheer.metrics import Media
-from sheer.run import Run
+from sheer.run import Result, Run
 from sheer.signals import EXIT_STATUS
 
 
@@ -26,6 +26,12 @@ def plain_log(run: Run, step: int, metrics: Mapping[str, float]) -> None:
         file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
     for logger in run.loggers.loggers:
         logger.log(step, metrics)
+
+
+def plain_report(result: Result, metrics: Mapping[str, float]) -> None:
+    """Append what was measured after a run to its metrics.jsonl."""
+    with (result.run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": result.step, "time": round(time.time(), 3), **metrics}) + "\n")
 
 
 def plain_log_media(run: Run, step: int, media: Mapping[str, Media]) -> None:

@@ -152,3 +152,99 @@ ROWS |= {
     "list": script(f"max_epochs=2, {OFF}", "model, step, list(train_loader), val_loader, optimizer=optimizer"),
     "fast": script("fast_dev_run=2, log_every_n_steps=1"),
 }
+
+# What scripts do with a trainer besides one call of fit at the top. What they find out goes into a file beside them, which is compared.
+NOTED = """
+import json, sys
+with open(sys.argv[0] + ".json", "w") as file:
+    json.dump({noted}, file)
+"""
+MAIN = '''"""Built in a function, with settings from the command line."""
+
+import argparse
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import sheer
+
+
+def step(model, batch):
+    x, y = batch
+    return F.cross_entropy(model(x), y)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--clip", type=float, default=None)
+    parser.add_argument("--save-every", type=int, default=3)
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--out", default="runs/here")
+    args = parser.parse_args()
+    sheer.seed_everything(3)
+    x = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
+    y = (x.sum(1) > 0).long()
+    loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 2))
+    every = args.save_every * 1
+    trainer = sheer.Trainer(
+        max_epochs=args.epochs,
+        gradient_clip_val=args.clip,
+        deterministic=args.deterministic,
+        log_every_n_steps=max(2, 1),
+        run_dir=args.out,
+        checkpoint=sheer.Checkpoint(every_n_steps=every),
+        callbacks=[sheer.EMA(0.9)],
+    )
+    # what comes of it
+    result = trainer.fit(model, step, loader, loader, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    print(result.metrics, trainer.device)
+
+
+if __name__ == "__main__":
+    main()
+'''
+CONFIGURED = """from dataclasses import dataclass
+
+
+@dataclass
+class Config:
+    epochs: int = 2
+    precision: str = "bf16-mixed"
+    clip: float = 0.5
+    monitor: str = "val/accuracy"
+
+
+config = Config()
+"""
+ROWS |= {
+    "chained": script(f"max_epochs=2, callbacks=[sheer.EMA(0.9)], {OFF}")
+    .replace("\ntrainer = ", "\n")
+    .replace("\ntrainer.", "."),
+    "evaluated": script(f"max_epochs=2, monitor='val/loss', callbacks=[sheer.EMA(0.9)], {ON}").replace(
+        "trainer.fit(", "result = trainer.fit("
+    )
+    + "best = trainer.test(model, step, val_loader, checkpoint='best')\n"
+    + "now = trainer.validate(model, step, val_loader, limit_batches=2)\n"
+    + "shapes = [list(out['loss'].shape) for out in trainer.predict(model, step, val_loader)]\n"
+    + NOTED.format(
+        noted="[best, now, shapes, result.step, result.stopped_by, trainer.device.type, result.best.name, result.last.name]"
+    ),
+    "tested without a name": script(f"max_epochs=2, loggers=[sheer.CSV()], {ON}")
+    + "found = trainer.test(model, step, val_loader, checkpoint=str(trainer.run_dir / 'checkpoints' / 'last'))\n"
+    + "rows = (trainer.run_dir / 'metrics.csv').read_text().count(',')\n"
+    + "sheer.load_weights(model, trainer.run_dir, 'last')\n"
+    + NOTED.format(noted="[found, rows, model[0].weight.tolist()]"),
+    "main": MAIN,
+    "configured": script(
+        f"max_epochs=config.epochs, precision=config.precision, gradient_clip_val=config.clip, monitor=config.monitor, monitor_mode='max', {OFF}",
+        before=CONFIGURED,
+    ),
+    "all at once": script(f"**options, {OFF}", before="options = dict(max_epochs=2, gradient_clip_val=0.3)\n"),
+    "from settings": script("").replace(
+        "sheer.Trainer()", "sheer.Trainer.from_settings(sheer.Settings(max_epochs=2, log_every_n_steps=4))"
+    ),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,7 @@ def test_an_ejected_run_is_the_same_run(row: str, tmp_path: Path, monkeypatch: p
     assert found.difference is None
     assert found.updates > 1
     assert found.logged > 1 or "fast_dev_run" in ROWS[row]
+    noted = [file.with_name(f"{file.name}.json") for file in (original, made)]
+    assert ("json.dump" in ROWS[row]) == all(file.exists() for file in noted)
+    if noted[0].exists():
+        assert json.loads(noted[0].read_text()) == json.loads(noted[1].read_text())
