@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+class To(Enum):
+    """What a script is ejected to."""
+
+    torch = "torch"
+    loop = "loop"
 
 
 @app.callback(invoke_without_command=True)
@@ -61,8 +69,12 @@ def eject(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="The script to eject; what follows it is its own.")],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="The file to write.", show_default="<script>_torch.py")
+        Path | None,
+        typer.Option("-o", "--out", help="The file to write.", show_default="<script>_torch.py, or _loop.py"),
     ] = None,
+    to: Annotated[
+        To, typer.Option("--to", help="torch: no trace of this library; loop: the loop, over its parts.")
+    ] = To.torch,
     check: Annotated[
         bool, typer.Option("--check", help="Run both and compare them bit for bit before writing.")
     ] = False,
@@ -81,7 +93,13 @@ def eject(
             earlier = out or script.with_name(f"{script.stem}_torch.py")
             print(command.differences(script, context.args, earlier), end="")
         else:
-            print("\n".join(command.write(script, context.args, out, force=force, updates=updates if check else None)))
+            print(
+                "\n".join(
+                    command.write(
+                        script, context.args, out, to=to.value, force=force, updates=updates if check else None
+                    )
+                )
+            )
     except Refusal as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None

@@ -19,6 +19,7 @@ from sheer.loggers.base import Loggers
 from sheer.loss import Step
 from sheer.metrics import Media
 from sheer.plugins import Plugins
+from sheer.progress import Progress
 from sheer.settings import Settings
 from sheer.start import set_backends
 from sheer.weights import load_weights
@@ -26,18 +27,21 @@ from sheer.weights import load_weights
 
 @dataclass(frozen=True)
 class Reporter:
-    """What the loggers of a run that is over need to be told more."""
+    """What the loggers of a run need to be told more, mostly when it is over."""
 
     loggers: Loggers
     info: RunInfo
-    step: int
+    progress: Progress
 
     def report(self, metrics: Mapping[str, float], media: Mapping[str, Media]) -> None:
-        """Open the loggers again, hand them metrics, pictures and texts, and close them."""
-        self.loggers.start(self.info)
-        self.loggers.log(self.step, metrics)
-        self.loggers.log_media(self.step, media)
-        self.loggers.close()
+        """Hand metrics, pictures and texts to the loggers; those of a run that is over are opened for it, and closed."""
+        is_over = not self.loggers.are_open
+        if is_over:
+            self.loggers.start(self.info)
+        self.loggers.log(self.progress.step, metrics)
+        self.loggers.log_media(self.progress.step, media)
+        if is_over:
+            self.loggers.close()
 
 
 def evaluate_alone(

@@ -38,8 +38,16 @@ def start_loop(
     model: nn.Module,
     optimizers: Mapping[str, Any],
     schedulers: Mapping[str, Any],
-) -> Loop:
-    """Start a run without a loop."""
+    total_steps: int | None,
+) -> tuple[Run, Restored | None]:
+    """Start a run without a loop; returns also the checkpoint that it goes on from."""
+    check_loop(cfg, optimizers, schedulers)
+    compute = make_compute(cfg.precision, resolve_device(cfg.device))
+    return start_run(cfg, plugins, compute, model, optimizers, schedulers, None, total_steps)
+
+
+def check_loop(cfg: Settings, optimizers: Mapping[str, Any], schedulers: Mapping[str, Any]) -> None:
+    """Raise `SettingsError` for what a loop of one's own cannot be started with."""
     if not isinstance(optimizers, Mapping) or not optimizers:
         raise SettingsError(
             'optimizers must name each optimizer, as {"adam": optimizer}: the names are those their states are saved under.'
@@ -55,11 +63,8 @@ def start_loop(
         warnings.warn(
             "validate_every_n_steps and validate_first do nothing in a loop of your own: call run.evaluate(step, loader) where you want it.",
             SheerWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    compute = make_compute(cfg.precision, resolve_device(cfg.device))
-    run, restored = start_run(cfg, plugins, compute, model, optimizers, schedulers, None)
-    return Loop(cfg, run, restored)
 
 
 def own_steps(
@@ -82,16 +87,16 @@ def own_steps(
 
     with signals:
         begin(cfg, run, None)
-        stream = train.steps(progress, restore_random) if train is not None else without_data(restore_random)
+        stream: Iterator[Any] = (
+            train.steps(progress, restore_random) if train is not None else without_data(restore_random)
+        )
         run.in_steps = True
         try:
             for batch in stream:
                 begin_step(run, batch)
+                given = progress.step if train is None else batch if cfg.accumulate_grad_batches > 1 else batch[0][0]
                 try:
-                    if batch is None:
-                        yield progress.step
-                    else:
-                        yield batch if cfg.accumulate_grad_batches > 1 else batch[0][0]
+                    yield given
                 except GeneratorExit:  # a break: this step was made too
                     count_batches(run, batch, train is not None and train.at_end)
                     raise
@@ -104,7 +109,32 @@ def own_steps(
             save_and_tell(cfg, run)
 
 
-def without_data(restore_random: Callable[[], None] | None) -> Iterator[None]:
+def backward_alone(
+    cfg: Settings, run: Run, step: Step, numbered: bool, parts: list[tuple[Any, int]], prefix: str
+) -> Any:
+    """Add the gradients of one loss to what the parameters hold already: only they are divided by the counts of its parts."""
+    if cfg.accumulate_grad_batches == 1 and cfg.micro_batch_size is None:
+        return backward(cfg, run, step, numbered, parts, prefix)
+    held = [(parameter, parameter.grad) for parameter in run.model.parameters() if parameter.grad is not None]
+    for parameter, _ in held:
+        parameter.grad = None
+    output = backward(cfg, run, step, numbered, parts, prefix)
+    for parameter, gradient in held:
+        parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+    return output
+
+
+def apply_one(cfg: Settings, run: Run, optimizer: Optimizer) -> None:
+    """Update the parameters of one of several optimizers, and move its scheduler."""
+    name = next(name for name, own in run.optimizers.items() if own is optimizer)
+    before = run.progress.scale
+    apply(cfg, run, optimizer, run.schedulers.get(name))
+    if cfg.precision == "16-mixed" and run.progress.scale != before:
+        # Gradients that wait for another optimizer carry the factor from before.
+        scale_gradients(run, run.progress.scale / before)
+
+
+def without_data(restore_random: Callable[[], None] | None) -> Iterator[Any]:
     """Stand in for the data of a loop that has none: put the random states back where a checkpoint had them, and go on."""
     if restore_random is not None:
         restore_random()
@@ -187,6 +217,14 @@ class Loop:
         return self._run.data is not None and self._run.data.at_end
 
     @property
+    def is_last(self) -> bool:
+        """Whether the step that is running is the last, because a duration is over with it."""
+        progress, cfg = self._run.progress, self._cfg
+        steps_over = cfg.max_steps is not None and progress.step >= cfg.max_steps
+        epochs_over = cfg.max_epochs is not None and progress.epoch + self.epoch_ends >= cfg.max_epochs
+        return steps_over or epochs_over or (cfg.max_time is not None and self._run.seconds >= cfg.max_time)
+
+    @property
     def model(self) -> nn.Module:
         """The model, which is the very object that was passed."""
         return self._run.model
@@ -240,26 +278,12 @@ class Loop:
         parts = self._with_samples(batch)
         name = next((name for name, own in run.optimizers.items() if own is optimizer), None)
         prefix = f"{name}/" if name is not None and len(run.optimizers) > 1 else ""
-        held = (
-            [(p, p.grad) for p in run.model.parameters() if p.grad is not None]
-            if len(parts) > 1 or self._cfg.micro_batch_size
-            else []
-        )
-        for parameter, _ in held:
-            parameter.grad = None  # only the gradients of this loss are divided by its counts
-        output = backward(self._cfg, run, step, self._takes_number(step), parts, prefix)
-        for parameter, gradient in held:
-            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
-        return output
+        return backward_alone(self._cfg, run, step, self._takes_number(step), parts, prefix)
 
     def apply(self, optimizer: Optimizer) -> None:
         """Clip the gradients of an optimizer's parameters, update them, clear the gradients, and move its scheduler."""
         self._refuse_outside("apply")
-        name = next(name for name, own in self._run.optimizers.items() if own is self._known(optimizer))
-        before = self._run.progress.scale
-        apply(self._cfg, self._run, optimizer, self._run.schedulers.get(name))
-        if self._run.progress.scale != before:  # gradients that wait for another optimizer carry the factor from before
-            scale_gradients(self._run, self._run.progress.scale / before)
+        apply_one(self._cfg, self._run, self._known(optimizer))
 
     def log(self, metrics: Mapping[str, Any], samples: int = 1) -> None:
         """Add values to the metrics of training, to be logged as `train/<name>` at the next log point."""
@@ -273,7 +297,11 @@ class Loop:
         evaluation = self._evaluations[key]
         if evaluation is None:
             return {}
-        run.progress.stopped_by = validate(self._cfg, run, evaluation) or run.progress.stopped_by
+        ends = run.in_steps and self.epoch_ends
+        run.progress.epoch += ends  # as in `fit`, where a step that ends an epoch is counted before the validation
+        stop = validate(self._cfg, run, evaluation)
+        run.progress.epoch -= ends
+        run.progress.stopped_by = stop or run.progress.stopped_by
         return dict(run.progress.metrics)
 
     def finish(self) -> Result:

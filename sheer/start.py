@@ -77,8 +77,11 @@ def start_run(
     optimizers: Mapping[str, Optimizer | Callable[[nn.Module], Optimizer]],
     schedulers: Mapping[str, Any],
     data: TrainingData | None,
+    planned_steps: int | None = None,
 ) -> tuple[Run, Restored | None]:
     """Make a run out of what the user passed; where one is to be resumed, bring it to where its checkpoint was made.
+
+    `planned_steps` is the number of steps of a loop whose data come later, where it is known.
 
     Returns:
         the run, and the checkpoint that it goes on from.
@@ -92,7 +95,7 @@ def start_run(
     hparams = as_mapping(plugins.hparams)
     set_backends(cfg)
     place_model(model, compute)
-    steps = count_steps(cfg, data)
+    steps = count_steps(cfg, data) if planned_steps is None else planned_steps
     built = {name: build_optimizer(model, given) for name, given in optimizers.items()}
     check_parameters(model, built)
     scheduled = {name: build_scheduler(s, built[name], steps) for name, s in schedulers.items() if s is not None}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from sheer.data.batch import StepBatch, micro_batches
+from sheer.data.batch import micro_batches
 from sheer.errors import NonFiniteError, SheerWarning, StepError
 from sheer.loss import Step, loss_in, no_loss
 from sheer.metrics import Mean, Number
@@ -22,7 +22,9 @@ MAX_SKIPPED = 100  # steps in a row that `nonfinite="skip"` may leave out
 _TINY = 1e-12  # stands for a count of 0, so that a batch in which nothing counts gives a gradient of 0
 
 
-def backward(cfg: Settings, run: Run, step_function: Step, numbered: bool, batch: StepBatch, prefix: str = "") -> Any:
+def backward(
+    cfg: Settings, run: Run, step_function: Step, numbered: bool, batch: list[tuple[Any, int]], prefix: str = ""
+) -> Any:
     """Run a step forward and backward over the micro-batches of one step, and add what it returns to the metrics.
 
     The gradient is sum(weight x mean) / sum(weights). A scalar loss is the mean over its micro-batch and weighs by its samples,

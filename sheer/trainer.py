@@ -191,20 +191,28 @@ class Trainer:
             scheduler,
             resume_by_skipping,
         )
-        self.run_dir, self._reporter = run.info.run_dir, Reporter(run.loggers, run.info, run.progress.step)
+        self.run_dir, self._reporter = run.info.run_dir, Reporter(run.loggers, run.info, run.progress)
         return result_of(run)
 
     def start(
-        self, model: nn.Module, *, optimizers: Mapping[str, Any], schedulers: Mapping[str, Any] | None = None
+        self,
+        model: nn.Module,
+        *,
+        optimizers: Mapping[str, Any],
+        schedulers: Mapping[str, Any] | None = None,
+        total_steps: int | None = None,
     ) -> Loop:
         """Start a run whose loop is written by you; see `sheer.Loop`.
 
         Args:
             model: the module to train; several networks are one module.
             optimizers: optimizers, or functions of the model, by the names their states are saved under.
-            schedulers: schedulers by the names of their optimizers.
+            schedulers: schedulers, or functions of (optimizer, total_steps), by the names of their optimizers.
+            total_steps: how many steps the loop will make, for such functions; not needed where `max_steps` is set.
         """
-        return start_loop(self.settings, self.plugins, model, optimizers, schedulers or {})
+        run, restored = start_loop(self.settings, self.plugins, model, optimizers, schedulers or {}, total_steps)
+        self.run_dir, self._reporter = run.info.run_dir, Reporter(run.loggers, run.info, run.progress)
+        return Loop(self.settings, run, restored)
 
     def validate(
         self,

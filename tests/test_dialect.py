@@ -20,7 +20,20 @@ MODULES = {
 # What only speaks of a run, evaluates by itself or is a command: nothing of it is reached by a step.
 BESIDE = {"cli", "launch", "__main__", "trainer", "settings", "find_lr"}
 PATH = {name: tree for name, tree in MODULES.items() if name not in BESIDE and not name.endswith("__init__")}
-CFG = {"loop", "step", "start", "checks", "announce", "due", "resume", "saving", "rundir", "own_loop", "evaluate_alone"}
+CFG = {
+    "loop",
+    "step",
+    "start",
+    "checks",
+    "announce",
+    "due",
+    "resume",
+    "saving",
+    "rundir",
+    "own_loop",
+    "evaluate_alone",
+    "plain.loop",
+}
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:

@@ -90,7 +90,7 @@ def same_tensors(one: Any, other: Any) -> bool:
     return bool(pairs) and all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
-def micro_batches(batch: StepBatch, size: int) -> Iterator[tuple[Any, int]]:
+def micro_batches(batch: list[tuple[Any, int]], size: int) -> Iterator[tuple[Any, int]]:
     """Cut the batches of a step into micro-batches of at most `size` samples, each with its number of samples."""
     for part, samples in batch:
         for start in range(0, samples, size):

@@ -24,6 +24,7 @@ from sheer.eject.facts import Facts, Other, Plugin, Span
 from sheer.eject.program import Refusal
 from sheer.eject.script import Script, span_of
 
+NONE = {"fit": ("val_loader", "eval_step", "scheduler"), "start": ("train_loader", "schedulers", "total_steps")}
 REACHED = 86  # exit status of a process that wrote its facts
 
 
@@ -68,17 +69,20 @@ class _Observer:
             observer.made[id(trainer)] = (trainer, *_called_from())
 
         def fit(trainer: Any, *arguments: Any, **named: Any) -> NoReturn:
-            observer.reached(trainer, "fit", inspect.signature(fitted).bind(trainer, *arguments, **named).arguments)
+            given = inspect.signature(fitted).bind(trainer, *arguments, **named).arguments
+            observer.reached(trainer, "fit", *_called_from(), given)
 
-        def start(trainer: Any, *arguments: Any, **named: Any) -> NoReturn:
-            observer.reached(trainer, "start", inspect.signature(started).bind(trainer, *arguments, **named).arguments)
+        def start(trainer: Any, *arguments: Any, **named: Any) -> _Started:
+            given = inspect.signature(started).bind(trainer, *arguments, **named).arguments
+            return _Started(observer, trainer, _called_from(), given)
 
         fitted, started = Trainer.fit, Trainer.start
         Trainer.__init__, Trainer.fit, Trainer.start = observed, fit, start  # type: ignore[method-assign, assignment]
 
-    def reached(self, trainer: Any, kind: str, arguments: dict[str, Any]) -> NoReturn:
+    def reached(
+        self, trainer: Any, kind: str, file: str, call: Span, frame: FrameType, arguments: dict[str, Any]
+    ) -> NoReturn:
         """Write the facts of a call down, and end the script."""
-        file, call, frame = _called_from()
         _, trainer_file, made, _ = self.made[id(trainer)]
         others = tuple(others_of(file, call, frame))
         facts = facts_of(trainer, kind, arguments, [loader for _, loader in others])
@@ -94,6 +98,72 @@ class _Observer:
         )
         self.file.write_text(facts.to_json())
         raise Reached
+
+
+class _Started:
+    """Stands for a run of one's own loop, up to its first step."""
+
+    def __init__(
+        self, observer: _Observer, trainer: Any, called: tuple[str, Span, FrameType], arguments: dict[str, Any]
+    ) -> None:
+        self._observer, self._trainer, self._called, self._arguments = observer, trainer, called, arguments
+        self.model, self.optimizers, self.device = arguments["model"], arguments["optimizers"], trainer.device
+        self.step = self.epoch = 0
+
+    def __enter__(self) -> _Started:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return
+
+    def steps(self, loader: Any = None, *, resume_by_skipping: bool = False) -> NoReturn:
+        """Write the facts of the loop down, and end the script."""
+        file, call, _ = self._called
+        _, _, frame = _called_from()
+        script = Script(Path(file), Path(file).read_text())
+        given = {**self._arguments, "train_loader": loader, "resume_by_skipping": resume_by_skipping}
+        given |= steps_of(script, script.at(call), frame)
+        self._observer.reached(self._trainer, "start", file, call, frame, given)
+
+
+def steps_of(script: Script, start: ast.Call, frame: FrameType) -> dict[str, Any]:
+    """Return the steps that a loop of one's own updates and evaluates with, and what it evaluates on, as the names stand for them now.
+
+    Raises:
+        Refusal: one of them is not known before the loop.
+    """
+    parent = script.parents[id(start)]
+    target = parent.targets[0] if isinstance(parent, ast.Assign) else getattr(parent, "optional_vars", None)
+    if not isinstance(target, ast.Name):
+        raise script.refusal(
+            start, "the run needs a name: write run = trainer.start(...), or `with trainer.start(...) as run:`."
+        )
+    calls = [node for node in ast.walk(script.function_of(start)) if isinstance(node, ast.Call)]
+    found: dict[str, Any] = {"steps": [], "eval_steps": [], "val_loaders": [], "own_batches": False}
+    yielded = {ast.unparse(node.target) for node in ast.walk(script.tree) if isinstance(node, ast.For)}
+    for call in (
+        call for call in calls if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == target.id
+    ):
+        kind = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        names = {
+            "update": ("optimizer", "step", "batch"),
+            "backward": ("step", "batch", "optimizer"),
+            "evaluate": ("step", "loader"),
+        }
+        given = dict(zip(names.get(kind, ()), call.args, strict=False)) | {
+            k.arg: k.value for k in call.keywords if k.arg
+        }
+        if kind not in names:
+            continue
+        step = looked_up(given.get("step"), frame)
+        if step is None:
+            raise script.refusal(call, "the step of this call is not known before the loop. Define it above.")
+        found["eval_steps" if kind == "evaluate" else "steps"].append(step)
+        if kind == "evaluate":
+            found["val_loaders"].append(looked_up(given.get("loader"), frame))
+        elif ast.unparse(given["batch"]) not in yielded:
+            found["own_batches"] = True
+    return found
 
 
 def others_of(file: str, call: Span, frame: FrameType) -> Iterator[tuple[Other, Any]]:
@@ -165,17 +235,17 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
     from sheer.data.choose import make_source
     from sheer.events import named
 
-    model, scheduler, optimizer = arguments.get("model"), arguments.get("scheduler"), arguments.get("optimizer")
-    steps = {name: arguments[name] for name in ("step", "eval_step") if arguments.get(name) is not None}
-    loader, val_loader = arguments.get("train_loader"), arguments.get("val_loader")
-    functions = []
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        functions.append("optimizer")
-    if scheduler is not None and not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
-        functions.append("scheduler")
+    model, loader, val_loader = (arguments.get(name) for name in ("model", "train_loader", "val_loader"))
+    optimizers = list(arguments.get("optimizers", {"optimizer": arguments.get("optimizer")}).values())
+    schedulers = list((arguments.get("schedulers", {"scheduler": arguments.get("scheduler")}) or {}).values())
+    steps = {
+        "step": arguments.get("steps", [arguments.get("step")]),
+        "eval_step": arguments.get("eval_steps", [arguments.get("eval_step")]),
+    }
     source = make_source(loader, seed=0, device=trainer.device) if loader is not None else None
-    structures = {structure_of(each) for each in (loader, *values_of(val_loader)) if each is not None}
-    structures |= {structure_of(each) for part in more_loaders for each in values_of(part)}
+    loaders = [each for part in (loader, val_loader) for each in values_of(part) if each is not None]
+    loaders += [each for part in (*more_loaders, *arguments.get("val_loaders", [])) for each in values_of(part)]
+    structures = {structure_of(each) for each in loaders} if not arguments.get("own_batches") else {""}
     callbacks = list(trainer.plugins.callbacks)
     labels = labels_of([*callbacks, *trainer.plugins.loggers])
     state_names = {id(callback): name for name, callback in named(callbacks).items()}
@@ -188,19 +258,53 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
         settings=dataclasses.asdict(trainer.settings),
         callbacks=tuple(_plugin(c, labels.pop(0), state_names.get(id(c), "")) for c in callbacks),
         loggers=tuple(_plugin(logger, labels.pop(0), "") for logger in trainer.plugins.loggers),
-        none=tuple(name for name in ("val_loader", "eval_step", "scheduler") if arguments.get(name) is None),
-        functions=tuple(functions),
-        plateau=isinstance(scheduler, ReduceLROnPlateau),
-        numbered=tuple(name for name, step in steps.items() if takes_step_number(step, model=model)),
+        none=tuple(name for name in NONE[kind] if not arguments.get(name) and arguments.get(name) is None),
+        functions=tuple(
+            what
+            for what, made, kinds in (
+                ("optimizer", optimizers, (Optimizer,)),
+                ("scheduler", schedulers, (LRScheduler, ReduceLROnPlateau)),
+            )
+            if alike([not isinstance(each, kinds) for each in made if each is not None], what)
+        ),
+        plateau=any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers),
+        numbered=tuple(
+            name
+            for name, own in steps.items()
+            if alike([takes_step_number(step, model=model) for step in own if step is not None], name)
+        ),
         skips=bool(arguments.get("resume_by_skipping")),
         is_training=model is not None and model.training,
         has_hparams=trainer.plugins.hparams is not None,
         plain_data=is_plain_data(loader, type(source).__name__, trainer.settings),
         batch=structures.pop() if len(structures) == 1 else "",
-        returns="Mapping" if all(map(returns_mapping, steps.values())) else "",
+        returns="Mapping" if all(returns_mapping(s) for own in steps.values() for s in own if s is not None) else "",
         uses=("computed",) if keeps_metrics() else (),
+        total_steps=total_steps(trainer, loader) if loader is not None else None,
         val_names=tuple(val_loader) if isinstance(val_loader, dict) else None,
     )
+
+
+def alike(answers: list[bool], what: str) -> bool:
+    """Return the one answer that holds for all; False where there is nothing to ask.
+
+    Raises:
+        Refusal: some are of one kind, some of another.
+    """
+    if len(set(answers)) > 1:
+        raise Refusal(
+            f"Some {what}s of this loop are functions of another kind than the others. Write all {what}s the same way."
+        )
+    return bool(answers and answers[0])
+
+
+def total_steps(trainer: Any, loader: Any) -> int | None:
+    """Return how many steps a run will make, where that is known."""
+    from sheer.build import make_compute
+    from sheer.start import count_steps, training_data
+
+    cfg = trainer.settings
+    return count_steps(cfg, training_data(cfg, make_compute(cfg.precision, trainer.device), loader, True))
 
 
 def values_of(loaders: Any) -> list[Any]:

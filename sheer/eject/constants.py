@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sheer.eject.fold import Known, fold
+from sheer.eject.fold import Known, dotted, fold
 from sheer.eject.program import Program, arguments_of, drop_parameter
 from sheer.eject.records import fields_of, holders_of
 from sheer.eject.scope import assignments, default_of, parameters, walk
@@ -44,14 +44,26 @@ def _calls(program: Program, node: ast.ClassDef, method: ast.FunctionDef) -> lis
     others = sum(f.name == method.name for f in program.functions()) > 1 or any(
         hasattr(k, method.name) for k in _OTHERS
     )
+    names = _names_of_holders(program, node.name)
     for function in program.functions():
         uses = [n for n in walk(function.body) if isinstance(n, ast.Attribute) and n.attr == method.name]
         own = [n for n in uses if _is_of(program, function, n.value, node.name)]
         called = [n for n in walk(function.body) if isinstance(n, ast.Call) and any(n.func is use for use in own)]
         if len(called) != len(own) or (len(own) != len(uses) and not others):
             return None
+        if any((dotted(use.value) or "").split(".")[-1] in names for use in uses if use not in own):
+            return None  # it may be one of these, too
         calls += called
     return calls
+
+
+def _names_of_holders(program: Program, name: str) -> set[str]:
+    """Return what parameters, locals and fields that hold an object of a class are called anywhere."""
+    names = {holder for function in program.functions() for holder in holders_of(program, function, name)}
+    for owner in program.nodes.values():
+        for field, declared in fields_of(owner).items() if isinstance(owner, ast.ClassDef) else ():
+            names |= {field} if ast.unparse(declared.annotation) == name else set()
+    return names
 
 
 def _is_of(program: Program, function: ast.FunctionDef, value: ast.expr, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import sheer
 from sheer.eject import emit
 from sheer.eject.capture import capture
-from sheer.eject.entry import evaluations, prepared, take_settings, training_device
+from sheer.eject.entry import evaluations, prepared, prepared_loop, take_settings, training_device
 from sheer.eject.facts import Facts
 from sheer.eject.knowledge import RECORDS, constant_name, knowledge_of
 from sheer.eject.program import Program, Refusal
@@ -19,9 +20,10 @@ from sheer.eject.rewrite import Rewrite
 from sheer.eject.script import Script
 from sheer.eject.source import Definition, read_library
 from sheer.eject.specialise import specialise
+from sheer.eject.to_loop import with_loop
 from sheer.eject.verify import verify
 
-CHECKING = ("check_loader", "check_arguments", "check_loggers", "check_parameters", "check_device")
+CHECKING = ("check_loader", "check_arguments", "check_loggers", "check_parameters", "check_device", "check_loop")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ def eject(path: Path, arguments: Sequence[str] = ()) -> Ejected:
     return made
 
 
+def eject_to_loop(path: Path, arguments: Sequence[str] = ()) -> str:
+    """Make a script that does what `path` does, with the loop of its `fit` written out over the library's parts.
+
+    Raises:
+        Refusal: it cannot be; the message says what, and where.
+    """
+    script = Script(path, path.read_text())
+    facts = capture(path, arguments)
+    refuse(script, dataclasses.replace(facts, modules=()))
+    return with_loop(script, facts)
+
+
 def ejected(script: Script, facts: Facts) -> Ejected:
     """Return what becomes of a script whose call was captured."""
     library = read_library(Path(sheer.__file__).parent)
@@ -68,17 +82,22 @@ def ejected(script: Script, facts: Facts) -> Ejected:
     }
     knowledge = knowledge_of(facts, frozenset(checks), tables, rewrite.kept())
     used = {name: knowledge.twins.get(name, name) for name in rewrite.classes()}
-    program = Program(library, {"fit", *used.values()}, knowledge.twins)
-    fit = copy.deepcopy(library["fit"].node)
-    assert isinstance(fit, ast.FunctionDef)
-    prepared(fit, facts, rewrite.returned())
-    functions = {"fit": fit, **evaluations(rewrite)}
+    program = Program(library, set(), knowledge.twins)
+    root = copy.deepcopy(library["fit" if facts.kind == "fit" else "plain_start_loop"].node)
+    assert isinstance(root, ast.FunctionDef)
+    loop, steps = copy.deepcopy(library["PlainLoop"].node), copy.deepcopy(library["own_steps"].node)
+    if facts.kind == "fit":
+        prepared(root, facts, rewrite.returned())
+    elif isinstance(loop, ast.ClassDef) and isinstance(steps, ast.FunctionDef):
+        prepared_loop(root, loop, steps, facts, script.attributes() | rewrite.entered())
+    functions = {"fit": root, **evaluations(rewrite)}
     if rewrite.devices:
         functions["device"] = training_device()
     program.nodes = {function.name: function for function in functions.values()}
-    program.nodes["Settings"] = take_settings(fit, rewrite.kept())
-    program.roots |= {function.name for function in functions.values()}
-    specialise(program, knowledge.known, RECORDS, knowledge.needless, script.attributes())
+    program.nodes["Settings"] = take_settings(root, rewrite.kept())
+    program.nodes |= {"PlainLoop": loop, "own_steps": steps}
+    program.roots = {function.name for function in functions.values()} | set(used.values())
+    specialise(program, knowledge.known, RECORDS, knowledge.needless, script.attributes(), root=root.name)
     return assembled(script, rewrite, program, library, knowledge.settings, functions, used)
 
 
@@ -106,8 +125,8 @@ def assembled(
 ) -> Ejected:
     """Put the definitions into the script, and its calls in their place."""
     facts = rewrite.facts
-    if facts.plain_data:
-        emit.without_aliases(program)
+    emit.without_aliases(program)
+    emit.with_builtin_errors(program)
     names = emit.own_names(program, script.names() - rewrite.freed())
     old_names = {key: function.name for key, function in functions.items()}
     emit.rename(program, names)

@@ -25,7 +25,21 @@ ERRORS = {
 }
 
 
-ALIASES = {"PlainWatched": "list[tuple[int, str, Tensor]]", "StepBatch": "list[tuple[Any, int]]"}
+def with_builtin_errors(program: Program) -> None:
+    """Raise Python's own errors in place of the library's."""
+    for name, own in ERRORS.items():
+        program.nodes.pop(name, None)
+        for node in walk(list(program.nodes.values())):
+            if isinstance(node, ast.Name) and node.id == name:
+                node.id = own
+    program.nodes.pop("SheerError", None)
+
+
+ALIASES = {
+    "PlainLoggers": "tuple[Any, ...]",
+    "PlainWatched": "list[tuple[int, str, Tensor]]",
+    "StepBatch": "list[tuple[Any, int]]",
+}
 
 
 def without_aliases(program: Program) -> None:
@@ -37,6 +51,15 @@ def without_aliases(program: Program) -> None:
 
 
 class _WrittenOut(ast.NodeTransformer):
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        is_list = isinstance(node.func, ast.Name) and node.func.id in ALIASES and len(node.args) == 1
+        return self.visit(node.args[0]) if is_list else self.generic_visit(node)
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST:
+        if node.arg == "default_factory" and isinstance(node.value, ast.Name) and node.value.id in ALIASES:
+            node.value = ast.Name("list", ast.Load())
+        return self.generic_visit(node)
+
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return ast.parse(ALIASES[node.id], mode="eval").body if node.id in ALIASES else node
 

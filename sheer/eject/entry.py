@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from sheer.eject.facts import Facts, Other
 from sheer.eject.fold import dotted, is_constant
@@ -67,11 +67,64 @@ def take_settings(fit: ast.FunctionDef, kept: Sequence[str]) -> ast.ClassDef:
     fit.args.kw_defaults += [None] * len(names)
     fit.args.args = [argument for argument in fit.args.args if argument.arg != "cfg"]
     given = ", ".join(f"{name}={name}__given" for name in names)
-    fit.body[:0] = ast.parse(f"cfg = Settings({given})").body
+    if names:
+        fit.body[1:1] = ast.parse(f"cfg = Settings({given})").body
     fields = "".join(f"    {name}: {ast.unparse(kind)}\n" for name, kind in zip(names, types, strict=True))
     made = ast.parse(f"class Settings:\n    pass\n{fields}").body[0]
     assert isinstance(made, ast.ClassDef)
     return made
+
+
+class _OwnSettings(ast.NodeTransformer):
+    """Reads `self.cfg` from the settings that all functions have."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        return ast.Name("cfg", ast.Load()) if dotted(node) == "self.cfg" else self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        return None if dotted(node.targets[0]) == "self.cfg" else self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if dotted(node.func) == "PlainLoop":
+            node.args.pop(0)
+        return self.generic_visit(node)
+
+
+def prepared_loop(
+    start: ast.FunctionDef, loop: ast.ClassDef, steps: ast.FunctionDef, facts: Facts, used: Set[str]
+) -> None:
+    """Make `start_loop` and the class of what it returns ready to be specialised, in place; `used` are the methods that the script calls."""
+    for node in (start, loop):
+        _OwnSettings().visit(node)
+    if "total_steps" in facts.none:
+        start.body = substituted(start.body, {"total_steps": ast.Constant(None)})
+    if "schedulers" in facts.none:
+        start.body = substituted(start.body, {"schedulers": ast.Dict([], [])})
+    loop.body = [
+        method
+        for method in loop.body
+        if not isinstance(method, ast.FunctionDef) or method.name in used | {"__init__", "apply", "backward", "finish"}
+    ]
+    for method in (method for method in loop.body if isinstance(method, ast.FunctionDef)):
+        if method.name == "__init__":
+            method.args.args = [argument for argument in method.args.args if argument.arg != "cfg"]
+        if method.name == "steps" and not facts.skips:
+            method.args.kwonlyargs, method.args.kw_defaults = [], []
+            method.body = substituted(method.body, {"resume_by_skipping": ast.Constant(False)})
+        if method.name == "steps" and "train_loader" not in facts.none:
+            kind = _expression("DataLoader[Any]" if facts.plain_data else "Iterable[Any]")
+            method.args.defaults = []
+            for function in (method, steps):
+                for argument in (argument for argument in function.args.args if argument.arg == "loader"):
+                    argument.annotation = kind
+        if method.name == "steps" and "train_loader" in facts.none:
+            method.args.args, method.args.defaults = method.args.args[:1], []
+            method.body = substituted(method.body, {"loader": ast.Constant(None)})
+    for plugin in (*facts.callbacks, *facts.loggers):
+        kind = ast.Name(plugin.name if plugin.is_ours else "Any", ast.Load())
+        start.args.args.append(ast.arg(marked(plugin.label), kind))
+    if facts.has_hparams:
+        start.args.args.append(ast.arg(marked("hparams"), ast.Name("Any", ast.Load())))
 
 
 def training_device() -> ast.FunctionDef:
@@ -110,7 +163,8 @@ def evaluation(other: Other, call: ast.Call, rewrite: Rewrite, name: str) -> ast
     parameters = ["model: nn.Module", "step_function: Any", "loader: Any"]
     parameters += ["checkpoint: Any"] * (loads and not is_literal(checkpoint or call))
     parameters += ["limit_batches: Any"] * (limit is not None and not is_literal(limit))
-    parameters += ["result: Result"] * ((is_later and other.kind != "predict") or loads)
+    kind = "Result" if facts.kind == "fit" else "PlainLoop"
+    parameters += [f"result: {kind}"] * ((is_later and other.kind != "predict") or loads)
     parameters += ["info: RunInfo"] * bool(told and other.kind != "predict")
     parameters += [
         f"{plugin}: Any" for plugin in dict.fromkeys([*", ".join(events.values()).split(", "), *told]) if plugin

@@ -65,6 +65,7 @@ class Facts:
     returns: str = ""  # "Mapping" where the step is seen to return one
     uses: tuple[str, ...] = field(default=())  # of "Mean", "media" and "computed" what metrics may be
     others: tuple[Other, ...] = ()
+    total_steps: int | None = None
     arguments: tuple[str, ...] = ()  # of the script
     modules: tuple[str, ...] = ()  # modules of the user's own that import the library, each with the line
 

@@ -253,6 +253,8 @@ class _Folder(ast.NodeTransformer):
         self.generic_visit(node)
         if isinstance(node.ctx, ast.Load) and is_pure(node.value):
             found = None
+            if isinstance(node.slice, ast.Slice) and elements(node.value) == []:
+                return node.value
             if isinstance(node.slice, ast.Constant):
                 found = item_of(node.value, node.slice.value)
             elif isinstance(node.slice, ast.Name) and isinstance(node.value, ast.Dict):
@@ -299,8 +301,10 @@ class _Folder(ast.NodeTransformer):
         if None in display.keys:
             return node
         keys = [key for key in display.keys if key is not None]
-        if method == "get" and isinstance(node.args[0], ast.Constant) and all(map(is_constant, keys)):
-            found = item_of(display, node.args[0].value)
+        is_known = isinstance(node.args[0], ast.Constant) if node.args else False
+        if method == "get" and (is_known or (not keys and is_pure(node.args[0]))) and all(map(is_constant, keys)):
+            key = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
+            found = item_of(display, key)
             return copy.deepcopy(found) if found else node.args[1] if len(node.args) > 1 else ast.Constant(None)
         if method == "values":
             return ast.Tuple(display.values, ast.Load())
@@ -320,6 +324,14 @@ class _Folder(ast.NodeTransformer):
             keys += value.keys if inner and isinstance(value, ast.Dict) else [key]
             values += value.values if inner and isinstance(value, ast.Dict) else [value]
         return ast.Dict(keys, values)
+
+    def visit_List(self, node: ast.List) -> ast.expr:
+        self.generic_visit(node)
+        items: list[ast.expr] = []
+        for item in node.elts:
+            inner = elements(item.value) if isinstance(item, ast.Starred) else None
+            items += [item] if inner is None else inner
+        return ast.List(items, node.ctx)
 
     def visit_DictComp(self, node: ast.DictComp) -> ast.expr:
         rows = self._rows(node)
@@ -425,6 +437,12 @@ class _Folder(ast.NodeTransformer):
             if isinstance(added, ast.Dict) and not added.keys:
                 return []
         return [] if is_pure(node.value) and not isinstance(node.value, ast.Constant) else node
+
+    def visit_Try(self, node: ast.Try) -> ast.stmt | list[ast.stmt]:
+        self.generic_visit(node)
+        if not node.handlers and all(isinstance(statement, ast.Pass) for statement in node.finalbody):
+            return _in_place_of(node, node.body)
+        return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.stmt:
         node.body = fold(node.body, self.known) or [ast.Pass()]

@@ -12,15 +12,18 @@ from typing import Any
 from sheer.eject.drop import Needless
 from sheer.eject.facts import Facts
 from sheer.eject.fold import Known
+from sheer.events import EVENTS
 from sheer.settings import Checkpoint, Settings
 
 Answer = Callable[[ast.Call], ast.expr | None]
 
 RECORDS = ("Plugins", "Compute", "Evaluation", "Events", "RunInfo", "PlainLength", "Run", "Progress", "Settings")
-INPUT_ERRORS = frozenset({"SettingsError", "StepError", "ModelError", "DataError", "MissingPackageError"})
+INPUT_ERRORS = frozenset(
+    {"unknown_name", "SettingsError", "StepError", "ModelError", "DataError", "MissingPackageError"}
+)
 CHECKS = frozenset(
     {
-        "check_first_gradients", "refuse_closure", "refuse_other_schedulers", "refuse_another_optimizer", "refuse_differences", "warn_of_changes", "run.console.say",
+        "check_first_gradients", "refuse_closure", "refuse_other_schedulers", "refuse_another_optimizer", "refuse_differences", "warn_of_changes", "run.console.say", "run.console.expect",
         "run.loggers.log_media",
     }
 )  # fmt: skip
@@ -44,6 +47,7 @@ TWINS = {
     "encode": "plain_encode",
     "decode": "plain_decode",
     "Session": "plain_session",
+    "Loggers": "PlainLoggers",
 }
 
 
@@ -65,6 +69,26 @@ class Knowledge:
     twins: Mapping[str, str]
     needless: Needless
     settings: Mapping[str, Any] = field(default_factory=dict)  # by the names of their constants
+
+
+def absent_in_run(facts: Facts) -> dict[str, str]:
+    """Return what the fields of a run hold that nothing was given for."""
+    there = {event for callback in facts.callbacks for event in callback.events}
+    scheduled = not {"scheduler", "schedulers"} & set(facts.none)
+    empty = {
+        "scaler": ("None", facts.settings["precision"] == "16-mixed"),
+        "schedulers": ("{}", scheduled and not facts.plateau),
+        "plateaus": ("{}", facts.plateau),
+        "callbacks": ("{}", any(callback.has_state for callback in facts.callbacks)),
+        "averaging": ("None", any(callback.averages for callback in facts.callbacks)),
+        "loggers.members": ("()", bool(facts.loggers)),
+        "compute.autocast": ("nullcontext()", facts.settings["precision"].endswith("-mixed")),
+        "compute.dtype": ("None", facts.settings["precision"] in ("bf16-true", "64-true")),
+    }
+    absent = {name: value for name, (value, given) in empty.items() if not given}
+    return absent | {
+        f"events.{event.removeprefix('on_')}": "()" for event in EVENTS if event.removeprefix("on_") not in there
+    }
 
 
 def argument_name(setting: str) -> str:
@@ -103,10 +127,15 @@ def knowledge_of(
         known["resume_by_skipping"] = ast.Constant(False)
     if facts.is_training:
         known["model.training"] = ast.Constant(True)
-    known["run.loggers.loggers"] = parsed("run.loggers")
+    for holder in ("run", "self.run"):
+        known[f"{holder}.loggers.members"] = parsed(f"{holder}.loggers")
+        known |= {f"{holder}.{name}": parsed(value) for name, value in absent_in_run(facts).items()}
+    known |= {
+        name: parsed(value) for name, value in absent_in_run(facts).items() if name.startswith(("events.", "compute."))
+    }
     known |= {name: ast.Constant(None) for name in facts.none}
     if facts.settings["checkpoint"] is None:
-        known["signals.received"] = ast.Constant(None)
+        known |= {name: ast.Constant(None) for name in ("signals.received", "self.signals.received")}
         calls |= {"leave_if_told"}
     present |= {
         *(["cfg.checkpoint"] if saves else []),
@@ -116,6 +145,9 @@ def knowledge_of(
         "data.steps_per_epoch",
         *(n for n in ("val_loader", "scheduler", "make_scheduler", "make_scheduler()") if n not in facts.none),
     }
+    if facts.kind == "start" and "train_loader" in facts.none:
+        known |= {"self.run.data": ast.Constant(None), "run.data": ast.Constant(None), "data": ast.Constant(None)}
+        present -= {"run.data", "data"}
     if facts.plain_data and facts.settings["checkpoint"] is None:
         present |= {"run.data"}
     return Knowledge(
@@ -130,6 +162,8 @@ def knowledge_of(
 
 def data_twin(facts: Facts) -> str:
     """Return the class that stands for the training data."""
+    if facts.kind == "start":
+        return "PlainSteps"
     return "PlainLength" if facts.settings["checkpoint"] is None and facts.settings["resume"] is None else "PlainData"
 
 
@@ -188,7 +222,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
             ("eval_step" if len(call.args) > 1 and "eval_step" not in facts.none else "step") in facts.numbered
         ),
         "events_of": lambda call: parsed(f"Events({shown})"),
-        "named": lambda call: parsed(f"{{{stateful}}}"),
+        "named": lambda call: parsed(f"{{{stateful}}}") if isinstance(call.args[0], ast.Tuple) else None,
         "as_mapping": lambda call: None if facts.has_hparams else parsed("{}"),
         "choose_run_dir": lambda call: chosen_folder(facts),
         "run_record": lambda call: parsed("{'id': run_id}"),
@@ -215,6 +249,13 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "are_made_here": lambda call: ast.Constant("scheduler" in facts.functions),
         "averaging_of": lambda call: parsed(next((marked(c.label) for c in facts.callbacks if c.averages), "None")),
     }
+    if facts.kind == "start":
+        answers["build_optimizer"] = lambda call: made_or_given(facts, "optimizer", call.args[1], call.args[:1])
+        answers["build_scheduler"] = lambda call: made_or_given(facts, "scheduler", call.args[0], call.args[1:])
+        if facts.plain_data:
+            answers["training_data"] = lambda call: parsed(
+                "PlainSteps(loader, run.compute.device, cfg.accumulate_grad_batches)"
+            )
     if not facts.loggers:
         answers["Session"] = answers["plain_session"] = lambda call: parsed("nullcontext()")
     if facts.settings["checkpoint"] is None:
@@ -242,6 +283,11 @@ def built(made: ast.expr, arguments: list[ast.expr]) -> ast.expr | None:
     if name.startswith("make_"):
         return ast.Call(made, arguments, [])
     return made if name in ("optimizer", "scheduler") else None
+
+
+def made_or_given(facts: Facts, what: str, value: ast.expr, arguments: list[ast.expr]) -> ast.expr:
+    """Return the optimizer or scheduler of one's own loop: they all are objects, or functions that make them."""
+    return ast.Call(value, arguments, []) if what in facts.functions else value
 
 
 def named_loaders_of(facts: Facts, call: ast.Call) -> ast.expr:

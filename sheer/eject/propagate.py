@@ -144,12 +144,19 @@ def bind_parameters(program: Program, known: Known) -> None:
         calls = all_calls.get(name, [])
         if not calls:
             continue
-        passed = [arguments_of(call, node) for call in calls]
+        recursive = {id(call) for call in walk(node.body) if isinstance(call, ast.Call)}
         for parameter in parameters(node):
+            unchanged = ast.dump(ast.Name(parameter.arg, ast.Load()))
+            passed = [
+                own
+                for call in calls
+                for own in [arguments_of(call, node)]
+                if not (id(call) in recursive and own and ast.dump(own.get(parameter.arg, call)) == unchanged)
+            ]
             given = [None if p is None else p.get(parameter.arg, default_of(node, parameter.arg)) for p in passed]
-            first = given[0]
+            first = given[0] if given else None
             if first is not None and all(value is not None and _alike(value, first) for value in given):
-                if not _is_changed(node, parameter.arg, program):
+                if len(given) == len(calls) and not _is_changed(node, parameter.arg, program):
                     _take_apart(node, calls, parameter, [value for value in given if value is not None])
                 continue
             if first is None or any(value is None or ast.dump(value) != ast.dump(first) for value in given):

@@ -119,7 +119,7 @@ class Rewrite:
                 "checkpoint.keep_best",
             )
             if not is_literal(value):
-                yield Given(name, value, kept and not is_off and name != "max_time")
+                yield Given(name, value, kept and not is_off and name != "max_time" and self.facts.kind == "fit")
 
     def _captured(self, name: str) -> Any:
         owner, _, inner = name.rpartition(".")
@@ -154,7 +154,8 @@ class Rewrite:
 
     def tells_loggers(self) -> bool:
         """Whether the loggers are told of the metrics of later calls."""
-        return bool(self.facts.loggers) and any(other.kind != "predict" for other in self.facts.others)
+        told = any(other.kind != "predict" for other in self.facts.others)
+        return bool(self.facts.loggers) and told and self.facts.kind == "fit"
 
     def edit(self, functions: Mapping[str, ast.FunctionDef], names: Mapping[str, str]) -> None:
         """Note all changes of the script's text.
@@ -227,6 +228,11 @@ class Rewrite:
         self.script.replace(statement, self._indented(seeds, statement))
         return True
 
+    def entered(self) -> set[str]:
+        """Return the methods that a `with` around the run of one's own loop calls."""
+        parent = self.script.parents[id(self.call)]
+        return {"__enter__", "__exit__"} if isinstance(parent, ast.withitem) else set()
+
     def seeds(self) -> list[str]:
         """Return the imports that seeding needs."""
         if any(name == "seed_everything" for _, name in self.script.references()):
@@ -279,7 +285,8 @@ class Rewrite:
         for setting in (setting for setting in self.given if setting.is_kept):
             name = argument_name(setting.name)
             out[name] = self.script.source(setting.value) if _is_name(setting.value) else name
-        out |= {"result": self.result, "info": "info"} if self.result is not None else {}
+        info = "info" if self.facts.kind == "fit" else f"{self.result}.run.info"
+        out |= {"result": self.result, "info": info} if self.result is not None else {}
         return out | ({"hparams": "hparams"} if self.facts.has_hparams else {})
 
 

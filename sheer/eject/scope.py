@@ -85,6 +85,19 @@ def reads(nodes: Iterable[ast.AST]) -> Counter[str]:
     return Counter(node.id for node in walk(nodes) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
 
 
+def own_reads(nodes: Iterable[ast.AST]) -> set[str]:
+    """Return the names that are read, but for those that a comprehension reads of its own."""
+    names: set[str] = set()
+    for node in nodes:
+        inner = own_reads(ast.iter_child_nodes(node))
+        if isinstance(node, _COMPREHENSIONS):
+            inner -= {name for generator in node.generators for name in _targets(generator.target)}
+        names |= inner
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+    return names
+
+
 def bound_in(function: ast.FunctionDef) -> set[str]:
     """Return all names that are local to a function, those of its comprehensions too."""
     names = {argument.arg for argument in parameters(function)} | set(assignments(function.body))

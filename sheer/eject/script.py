@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sheer.eject.facts import Span
-from sheer.eject.program import Refusal
+from sheer.eject.program import Refusal, free_names
 from sheer.eject.source import imported
 
 PACKAGE = "sheer"
@@ -164,6 +164,18 @@ class Script:
         for node in ast.walk(self.tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names |= {a.asname or a.name.split(".")[0] for a in node.names}
+        return names
+
+    def names_seen_in(self, scope: ast.AST) -> set[str]:
+        """Return the names that a function, or the module, binds or reads itself, or that functions inside of it read from it."""
+        names: set[str] = set()
+        for node in ast.iter_child_nodes(scope):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names |= {node.name, *free_names(node)}
+            elif isinstance(node, ast.Name):
+                names.add(node.id)
+            else:
+                names |= self.names_seen_in(node)
         return names
 
     def attributes(self) -> frozenset[str]:

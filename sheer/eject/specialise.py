@@ -23,6 +23,7 @@ from sheer.eject.tidy import (
     pass_directly,
     tidy_names,
     use_directly,
+    use_numbered_directly,
 )
 from sheer.eject.trim import trim_classes, trim_locals
 
@@ -83,6 +84,7 @@ def specialise(
         program.collect()
     make_flags(program)
     pass_directly(program)
+    use_numbered_directly(program)
     merge_zeros(program)
     tidy_names(program)
     pass_by_the_same_name(program)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 
 from sheer.eject.fold import dotted, is_constant
 from sheer.eject.program import BUILTINS, Program, arguments_of
 from sheer.eject.scope import assignments, bound_in, parameters, reads, renamed, substituted, walk
+from sheer.eject.source import notes_of, with_notes
 
 
 def tidy_names(program: Program) -> None:
@@ -88,6 +90,51 @@ def pass_directly(program: Program) -> None:
                 if places and all(isinstance(value, ast.Name) for value in call.args[: places[0]]):
                     call.args[places[0]] = statement.value
                     del body[index]
+
+
+def use_numbered_directly(program: Program) -> None:
+    """Put a value whose name exists only because something was taken apart where it is used, if that is the next statement."""
+    for function in program.functions():
+        for body in _bodies(function):
+            for index in range(len(body) - 2, -1, -1):
+                statement, following = body[index], body[index + 1]
+                if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
+                    continue
+                name = statement.targets[0].id
+                once = reads(function.body)[name] == assignments(function.body)[name] == reads([following])[name] == 1
+                if once and re.search(r"_\d+$", name) and _comes_first(following, name):
+                    swap = {name: statement.value}
+                    body[index : index + 2] = [with_notes(substituted([following], swap)[0], notes_of(following))]
+
+
+def _comes_first(statement: ast.stmt, name: str) -> bool:
+    """Whether a simple statement evaluates a name before it calls anything."""
+    if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Expr, ast.Return)) or statement.value is None:
+        return False
+    for part in _evaluated(statement.value):
+        if isinstance(part, ast.Name) and part.id == name:
+            return True
+        if isinstance(
+            part, (ast.Call, ast.Subscript, ast.ListComp, ast.DictComp, ast.GeneratorExp, ast.BoolOp, ast.IfExp)
+        ):
+            return False
+    return False
+
+
+def _evaluated(node: ast.expr) -> Iterator[ast.expr]:
+    """Yield the parts of an expression in the order in which they are evaluated, the whole last."""
+    if isinstance(node, (ast.BoolOp, ast.IfExp, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp, ast.Lambda)):
+        yield node  # what is inside may not be evaluated, or more than once
+        return
+    if isinstance(node, ast.Dict):
+        inner = [part for pair in zip(node.keys, node.values, strict=True) for part in pair if part is not None]
+    elif isinstance(node, ast.Call):
+        inner = [node.func, *node.args, *(keyword.value for keyword in node.keywords)]
+    else:
+        inner = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
+    for part in inner:
+        yield from _evaluated(part)
+    yield node
 
 
 def merge_zeros(program: Program) -> None:

@@ -6,18 +6,17 @@ import ast
 import copy
 from collections.abc import Set
 
-from sheer.eject.fold import is_idle, is_pure
+from sheer.eject.fold import dotted, is_idle, is_pure
 from sheer.eject.program import Program
 from sheer.eject.records import fields_of, holders_of
-from sheer.eject.scope import reads, walk
+from sheer.eject.scope import own_reads, walk
 from sheer.eject.source import notes_of, with_notes
 
 
 def trim_locals(program: Program) -> None:
     """Leave out assignments to names that are never read; what is evaluated for them stays where it may do something."""
     for function in program.functions():
-        used = reads(function.body)
-        function.body = _Unread({name for name in used if used[name]}).body(function.body) or [ast.Pass()]
+        function.body = _Unread(own_reads(function.body)).body(function.body) or [ast.Pass()]
 
 
 class _Unread(ast.NodeTransformer):
@@ -48,12 +47,7 @@ class _Unread(ast.NodeTransformer):
             return self._pairs(node, target, node.value)
         if len(node.targets) == 1 and isinstance(target, ast.Name) and target.id not in self.used:
             return self._effect(node, node.value)
-        if (
-            len(node.targets) == 1
-            and isinstance(target, ast.Name)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == target.id
-        ):
+        if len(node.targets) == 1 and is_pure(node.value) and ast.unparse(target) == ast.unparse(node.value):
             return []
         return node
 
@@ -227,5 +221,4 @@ class _UnreadAttributes(_Unread):
 
 def _is_own(target: ast.Attribute) -> bool:
     """Whether an attribute is one of the library's objects, not of the model, an optimizer or a loader."""
-    owner = target.value
-    return isinstance(owner, ast.Name) and owner.id in ("self", "progress")
+    return dotted(target.value) in ("self", "progress", "run", "run.progress", "self.run", "self.run.progress")

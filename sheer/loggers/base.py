@@ -51,15 +51,20 @@ class Loggers:
     """All loggers of a run. One that fails is warned of, once for each of its methods: no logger stops a training."""
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
-        self.loggers = tuple(loggers)
+        self.members = tuple(loggers)
         self._started: tuple[Logger, ...] = ()
         self._states: dict[str, dict[str, Any]] = {}
         self._warned: set[tuple[int, str]] = set()
         self._unshown: set[type] = set()
 
+    @property
+    def are_open(self) -> bool:
+        """Whether they were started and not closed yet."""
+        return bool(self._started)
+
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return the states of the loggers that have one, by name; where one fails now, the last that it gave."""
-        for name, logger in named(self.loggers).items():
+        for name, logger in named(self.members).items():
             take = functools.partial(self._take_state, name, logger)
             self._guarded(logger, "state_dict", take, "Checkpoints are saved with the last state it gave, if any.")
         return dict(self._states)
@@ -69,7 +74,7 @@ class Loggers:
 
     def load_state_dict(self, states: Mapping[str, dict[str, Any]]) -> None:
         """Give the loggers back the states that `state_dict` returned; what is new has none."""
-        for name, logger in named(self.loggers).items():
+        for name, logger in named(self.members).items():
             if name in states:
                 self._states[name] = states[name]
                 load = functools.partial(logger.load_state_dict, states[name])
@@ -79,7 +84,7 @@ class Loggers:
         """Open all. One that fails here is left alone until the next start: to try at each log point could take minutes."""
         self._started = tuple(
             logger
-            for logger in self.loggers
+            for logger in self.members
             if self._guarded(logger, "start", functools.partial(logger.start, info), "It gets nothing from this run.")
         )
 
@@ -106,7 +111,7 @@ class Loggers:
 
     def close(self) -> None:
         """Close all, also those that could not be started: they may hold half of what they need."""
-        for logger in self.loggers:
+        for logger in self.members:
             if logger in self._started:
                 self._guarded(logger, "close", logger.close, "The last of what it was given may be missing.")
             else:

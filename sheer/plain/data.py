@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from sheer.data.batch import count_samples, move
+from sheer.data.batch import StepBatch, count_samples, move
+from sheer.progress import Progress
 
 
 class PlainOrder(Sampler[int]):
@@ -105,6 +106,31 @@ class PlainData:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the seed of the run that goes on."""
         self.order.seed = state["source"]["seed"]
+
+
+class PlainSteps:
+    """The batches of step after step, each with its size, for a loop that counts the steps itself."""
+
+    def __init__(self, loader: DataLoader[Any], device: torch.device, accumulate: int) -> None:
+        self.data = PlainData(loader, device, accumulate)
+        self.accumulate = accumulate
+        self.steps_per_epoch = self.data.steps_per_epoch
+        self.at_end = False
+
+    def steps(self, progress: Progress, restore_random: Callable[[], None] | None) -> Iterator[StepBatch]:
+        """Yield the batches of step after step, from `progress` on."""
+        batches = self.data.epochs(progress.epoch, progress.batch, restore_random)
+        for group, at_end in plain_grouped(batches, self.accumulate):
+            self.at_end = at_end
+            yield StepBatch(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order depends on."""
+        return self.data.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the seed of the run that goes on."""
+        self.data.load_state_dict(state)
 
 
 def plain_counted(loader: Iterable[Any], limit: int | None) -> Iterator[tuple[Any, int]]:

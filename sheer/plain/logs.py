@@ -16,19 +16,21 @@ from torch import nn
 
 from sheer.events import Events
 from sheer.metrics import Media
-from sheer.run import Result, Run
+from sheer.run import Run
 from sheer.signals import EXIT_STATUS
+
+PlainLoggers = tuple[Any, ...]
 
 
 def plain_log(run: Run, step: int, metrics: Mapping[str, float]) -> None:
     """Append a line to metrics.jsonl, and tell the loggers."""
     with (run.info.run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
-    for logger in run.loggers.loggers:
+    for logger in run.loggers.members:
         logger.log(step, metrics)
 
 
-def plain_report(result: Result, metrics: Mapping[str, float]) -> None:
+def plain_report(result: Any, metrics: Mapping[str, float]) -> None:
     """Append what was measured after a run to its metrics.jsonl."""
     with (result.run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": result.step, "time": round(time.time(), 3), **metrics}) + "\n")
@@ -36,7 +38,7 @@ def plain_report(result: Result, metrics: Mapping[str, float]) -> None:
 
 def plain_log_media(run: Run, step: int, media: Mapping[str, Media]) -> None:
     """Hand pictures and texts to the loggers that show them."""
-    for logger in run.loggers.loggers:
+    for logger in run.loggers.members:
         if hasattr(logger, "log_media"):
             logger.log_media(step, media)
 
@@ -50,7 +52,7 @@ def plain_logger_states(run: Run) -> dict[str, Any]:
     """Return how long metrics.jsonl is, and the states of the loggers."""
     size = (run.info.run_dir / "metrics.jsonl").stat().st_size
     states_by_name = {
-        type(logger).__name__: logger.state_dict() for logger in run.loggers.loggers if hasattr(logger, "state_dict")
+        type(logger).__name__: logger.state_dict() for logger in run.loggers.members if hasattr(logger, "state_dict")
     }
     return {"JSONL": {"run": run.info.run_id, "size": size}, **states_by_name}
 
@@ -58,7 +60,7 @@ def plain_logger_states(run: Run) -> dict[str, Any]:
 def plain_load_loggers(run: Run, states: Mapping[str, Any]) -> None:
     """Cut metrics.jsonl back to where it was, and give the loggers their states."""
     os.truncate(run.info.run_dir / "metrics.jsonl", states["JSONL"]["size"])
-    for logger in run.loggers.loggers:
+    for logger in run.loggers.members:
         if hasattr(logger, "load_state_dict") and type(logger).__name__ in states:
             logger.load_state_dict(states[type(logger).__name__])
 
@@ -66,7 +68,7 @@ def plain_load_loggers(run: Run, states: Mapping[str, Any]) -> None:
 @contextmanager
 def plain_session(run: Run) -> Iterator[None]:
     """Open the loggers, and close them whatever happens."""
-    for logger in run.loggers.loggers:
+    for logger in run.loggers.members:
         logger.start(run.info)
     try:
         yield
@@ -75,7 +77,7 @@ def plain_session(run: Run) -> Iterator[None]:
             callback.on_exception(error)
         raise
     finally:
-        for logger in run.loggers.loggers:
+        for logger in run.loggers.members:
             logger.close()
 
 

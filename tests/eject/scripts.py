@@ -248,3 +248,85 @@ ROWS |= {
         "sheer.Trainer()", "sheer.Trainer.from_settings(sheer.Settings(max_epochs=2, log_every_n_steps=4))"
     ),
 }
+
+# Loops of one's own.
+TWO = """class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
+
+
+def a_step(two, batch):
+    return {"loss": (two.a(batch[0]) - two.b(batch[0]).detach()).square().mean()}
+
+
+def b_step(two, batch):
+    return {"loss": (two.b(batch[0]) - batch[0].sum()).square().mean(), "size": two.b.weight.norm()}
+
+
+two = Two()
+a = torch.optim.Adam(two.a.parameters(), lr=0.01)
+b = torch.optim.SGD(two.b.parameters(), lr=0.01)
+trainer = sheer.Trainer({settings})
+"""
+LOOP = """for batch in run.steps(train_loader):
+    run.update(b, b_step, batch)
+    run.update(a, a_step, batch)
+    if run.step % 5 == 0 or run.epoch_ends:
+        run.evaluate(b_step, val_loader)
+result = run.finish()
+""" + NOTED.format(noted="[result.metrics, result.step, result.epoch, result.stopped_by]")
+
+
+def loop(settings: str, start: str, rest: str = LOOP) -> str:
+    """Return a script with a loop of its own: `start` is the call that starts it, `rest` what comes behind."""
+    return HEAD + TWO.replace("{settings}", settings) + start + "\n" + rest
+
+
+START = "run = trainer.start(two, optimizers={'a': a, 'b': b})"
+ROWS |= {
+    "loop": loop(f"max_epochs=2, {OFF}", START),
+    "loop saved": loop(f"max_steps=13, gradient_clip_val=0.5, monitor='val/loss', resume='auto', {ON}", START),
+    "loop scheduled": loop(
+        f"max_steps=9, callbacks=[sheer.EMA(0.9), sheer.LearningRateMonitor()], loggers=[sheer.CSV()], {ON}",
+        "run = trainer.start(two, optimizers={'a': a, 'b': b}, schedulers={'a': sheer.warmup_cosine(warmup_steps=3)})",
+    ),
+    "loop in parts": loop(
+        f"max_epochs=2, accumulate_grad_batches=2, micro_batch_size=5, {OFF}",
+        "with trainer.start(two, optimizers={'a': a, 'b': b}) as run:",
+        """    for batch in run.steps(train_loader):
+        run.log({"epoch": run.epoch})
+        a.zero_grad()
+        run.backward(a_step, batch, a)
+        run.apply(a)
+        run.update(b, b_step, batch)
+        if run.step == 7:
+            break
+""",
+    ),
+    "loop without a loader": loop(
+        f"max_steps=9, precision='bf16-mixed', resume='auto', {ON}",
+        START,
+        """for number in run.steps():
+    run.update(a, a_step, (torch.randn(8, 6) + number,))
+    run.update(b, b_step, (torch.randn(5, 6),))
+result = run.finish()
+""",
+    ),
+}
+ROWS |= {
+    "loop tested": loop(
+        f"max_epochs=2, monitor='val/loss', loggers=[sheer.CSV()], {ON}",
+        START,
+        LOOP.replace(
+            "import json", "found = trainer.test(two, b_step, val_loader, checkpoint='best')\nimport json"
+        ).replace("[result.metrics", "[found, trainer.run_dir.exists(), trainer.device.type, result.metrics"),
+    ),
+}
+
+# Rows whose `fit` can be written out as a loop over the library's parts, too.
+AS_LOOPS = (
+    "steps", "bf16", "accumulate", "validate often", "scheduler", "scheduler by epoch", "plateau", "warmup", "optimizer by function", "early stopping",
+    "ema", "several validations", "own validation", "saved often", "goes on", "evaluated", "no validation", "main",
+)  # fmt: skip
+ROWS["validate often"] = script(f"max_steps=10, validate_every_n_steps=4, limit_val_batches=2, {OFF}")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sheer.eject.check import check
-from sheer.eject.eject import eject
-from tests.eject.scripts import ROWS
+from sheer.eject.eject import eject, eject_to_loop
+from tests.eject.scripts import AS_LOOPS, ROWS
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -28,3 +28,16 @@ def test_an_ejected_run_is_the_same_run(row: str, tmp_path: Path, monkeypatch: p
     assert ("json.dump" in ROWS[row]) == all(file.exists() for file in noted)
     if noted[0].exists():
         assert json.loads(noted[0].read_text()) == json.loads(noted[1].read_text())
+
+
+@pytest.mark.parametrize("row", AS_LOOPS)
+def test_a_fit_written_out_as_a_loop_is_the_same_run(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    original, made = tmp_path / "train.py", tmp_path / "train_loop.py"
+    original.write_text(ROWS[row])
+    text = eject_to_loop(original)
+    assert ".start(" in text and ".fit(" not in text
+    made.write_text(text)
+    found = check(original, made, [], updates=1000, blocked="-")
+    assert found.difference is None
+    assert found.updates > 1 and found.logged > 1
