@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from sheer.console import clock
 from sheer.due import DURATIONS
-from sheer.resume import Restored
 from sheer.run import Run
 from sheer.settings import Settings
 from sheer.version import __version__
 
 
-def announce(cfg: Settings, run: Run, restored: Restored | None) -> None:
+def announce(cfg: Settings, run: Run, checkpoint: Path | None) -> None:
     """Say in a few lines what was decided."""
     say, parameters = run.console.say, list(run.model.parameters())
     count, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
@@ -23,8 +24,8 @@ def announce(cfg: Settings, run: Run, restored: Restored | None) -> None:
     if cfg.nonfinite == "skip" or run.scaler is not None:
         say("the host waits for the device once a step, to see whether the gradients are finite")
     say(f"run: {run.info.run_dir}" + ("" if cfg.fast_dev_run else f" (id {run.info.run_id})"))
-    if restored is not None:
-        say(f"resumed from {restored.path}, at step {run.progress.step:,}")
+    if checkpoint is not None:
+        say(f"resumed from {checkpoint}, at step {run.progress.step:,}")
     if run.progress.stopped_by is not None:
         more = "; to go on, give it a longer duration" if run.progress.stopped_by in DURATIONS else ""
         say(f"the run is over ({run.progress.stopped_by}), so nothing is trained{more}")

@@ -46,12 +46,12 @@ def fit(
     refuse_unfollowed(cfg, validation, scheduler)
     numbered = takes_step_number(step_function, model=model)
     optimizers, schedulers = {"optimizer": optimizer}, {"optimizer": scheduler}
-    run, restored = start_run(cfg, plugins, compute, model, optimizers, schedulers, train)
+    run, state = start_run(cfg, plugins, compute, model, optimizers, schedulers, train)
     progress, optimizer, scheduler = run.progress, run.optimizers["optimizer"], run.schedulers.get("optimizer")
-    if restored is not None and progress.stopped_by is not None:
+    if state is not None and progress.stopped_by is not None:
         return run
     refuse_closure(optimizer)
-    restore_random = open_data(train, restored)
+    restore_random = open_data(train, state)
 
     with Session(run), StopSignals() as signals:
         begin(cfg, run, validation)

@@ -23,7 +23,7 @@ from sheer.evaluation import Evaluation
 from sheer.loop import begin, begin_step, count_batches, end_step, finish, log_training, save_and_tell, validate
 from sheer.loss import Step
 from sheer.plugins import Plugins
-from sheer.resume import Restored, open_data
+from sheer.resume import open_data
 from sheer.run import Result, Run, result_of
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings, unknown_name
@@ -39,8 +39,8 @@ def start_loop(
     optimizers: Mapping[str, Any],
     schedulers: Mapping[str, Any],
     total_steps: int | None,
-) -> tuple[Run, Restored | None]:
-    """Start a run without a loop; returns also the checkpoint that it goes on from."""
+) -> tuple[Run, dict[str, Any] | None]:
+    """Start a run without a loop; returns also the state that it goes on from."""
     check_loop(cfg, optimizers, schedulers)
     compute = make_compute(cfg.precision, resolve_device(cfg.device))
     return start_run(cfg, plugins, compute, model, optimizers, schedulers, None, total_steps)
@@ -71,7 +71,7 @@ def own_steps(
     cfg: Settings,
     run: Run,
     signals: StopSignals,
-    restored: Restored | None,
+    state: dict[str, Any] | None,
     loader: Any,
     resume_by_skipping: bool,
 ) -> Iterator[Any]:
@@ -81,7 +81,7 @@ def own_steps(
     if progress.stopped_by is not None:
         return
     run.data, run.total_steps = train, count_steps(cfg, train)
-    restore_random = open_data(train, restored)
+    restore_random = open_data(train, state)
     announce_data(cfg, run)
     run.console.expect(run.total_steps)
 
@@ -107,6 +107,13 @@ def own_steps(
             run.in_steps = False
         if cfg.checkpoint is not None:  # now: what the script does before it calls `finish` may take long, or fail
             save_and_tell(cfg, run)
+
+
+def is_last_step(cfg: Settings, run: Run, epoch_ends: bool) -> bool:
+    """Whether a duration is over with the step that is running."""
+    steps_over = cfg.max_steps is not None and run.progress.step >= cfg.max_steps
+    epochs_over = cfg.max_epochs is not None and run.progress.epoch + epoch_ends >= cfg.max_epochs
+    return steps_over or epochs_over or (cfg.max_time is not None and run.seconds >= cfg.max_time)
 
 
 def backward_alone(
@@ -152,8 +159,8 @@ class Loop:
         run.finish()
     """
 
-    def __init__(self, cfg: Settings, run: Run, restored: Restored | None) -> None:
-        self._cfg, self._run, self._restored = cfg, run, restored
+    def __init__(self, cfg: Settings, run: Run, state: dict[str, Any] | None) -> None:
+        self._cfg, self._run, self._state = cfg, run, state
         self._numbered: dict[int, tuple[Step, bool]] = {}  # by the id of a step: whether it takes the step's number
         self._evaluations: dict[tuple[int, int], Evaluation | None] = {}  # by the ids of a step and its loader
         self._signals = StopSignals()
@@ -219,10 +226,7 @@ class Loop:
     @property
     def is_last(self) -> bool:
         """Whether the step that is running is the last, because a duration is over with it."""
-        progress, cfg = self._run.progress, self._cfg
-        steps_over = cfg.max_steps is not None and progress.step >= cfg.max_steps
-        epochs_over = cfg.max_epochs is not None and progress.epoch + self.epoch_ends >= cfg.max_epochs
-        return steps_over or epochs_over or (cfg.max_time is not None and self._run.seconds >= cfg.max_time)
+        return is_last_step(self._cfg, self._run, self.epoch_ends)
 
     @property
     def model(self) -> nn.Module:
@@ -250,8 +254,8 @@ class Loop:
         With `accumulate_grad_batches` above 1 what is yielded holds several batches; hand it to `update` as it is. Without a
         loader the step's number is yielded, until a duration is over.
         """
-        restored, self._restored = self._restored, None
-        yield from own_steps(self._cfg, self._run, self._signals, restored, loader, resume_by_skipping)
+        state, self._state = self._state, None
+        yield from own_steps(self._cfg, self._run, self._signals, state, loader, resume_by_skipping)
         if self._signals.received is not None:
             self.finish()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -20,7 +20,7 @@ class Progress:
     last_skipped: int = 0  # the last of them
     seconds: float = 0.0  # time spent between the start and the last save, earlier sessions counted in
     stopped_by: str | None = None  # why the run ended; None: it has not
-    metrics: dict[str, float] = field(
+    metrics: dict[str, float] = dataclasses.field(
         default_factory=dict
     )  # of the last validation; of the last log point where there was none
     validated_at: int = -1  # the step of that validation
@@ -33,5 +33,5 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, state.get(field.name, getattr(self, field.name)))

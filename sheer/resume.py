@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,8 @@ from sheer.signals import is_signal
 from sheer.weights import checkpoint_in, load_model
 
 
-@dataclass(frozen=True)
-class Restored:
-    """The checkpoint that a run goes on from, as it was read."""
-
-    path: Path
-    run_id: str  # of the run that made it
-    state: dict[str, Any]  # all but the weights
-    weights: dict[str, Any]  # of the model that is used: the averages, where there are some
-    trained: dict[str, Any]  # the weights that are trained, where those are others
-    extra: dict[str, Any]  # what a model's `get_extra_state` adds
-
-
-def find_checkpoint(cfg: Settings, directory: Path) -> Restored | None:
-    """Read the checkpoint that `resume` means; `directory` is that of the run's own. Returns None where there is none to go on from.
+def find_checkpoint(cfg: Settings, directory: Path) -> Path | None:
+    """Return the checkpoint that `resume` means, verified; `directory` is that of the run's own. None: there is none to go on from.
 
     Raises:
         RunError: what there is cannot be used, or is of a run with other settings.
@@ -50,33 +37,22 @@ def find_checkpoint(cfg: Settings, directory: Path) -> Restored | None:
             raise RunError(
                 f"No checkpoint in {directory} can be used; see the warnings. To start anew, give another run_dir."
             )
-        return read_checkpoint(path) if path is not None else None
+        return path
     path = checkpoint_in(cfg.resume)
     refuse_differences(path, verify(path).get("settings", {}), dataclasses.asdict(cfg))
-    return read_checkpoint(path)
+    return path
 
 
-def read_checkpoint(path: Path) -> Restored:
-    """Read a checkpoint, which was verified."""
-    tensors = read_tensors(path, "state")
-    return Restored(
-        path,
-        read_text(path, "manifest")["run_id"],
-        decode(read_text(path, "state"), tensors),
-        read_tensors(path, "model"),
-        read_tensors(path, "training"),
-        decode(read_text(path, "extra"), tensors),
-    )
-
-
-def restore(cfg: Settings, run: Run, restored: Restored) -> None:
-    """Bring a run to where a checkpoint was made. Its data and the random states are left to `open_data`.
+def restore(cfg: Settings, run: Run, path: Path) -> dict[str, Any]:
+    """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers, for `open_data`.
 
     Raises:
         RunError: the checkpoint is of another model, optimizer or scheduler, or there is nothing left to train.
     """
-    state = restored.state
-    load_model(run.model, {**(restored.trained or restored.weights), **restored.extra}, restored.path)
+    tensors, weights, trained = (read_tensors(path, name) for name in ("state", "model", "training"))
+    state: dict[str, Any] = decode(read_text(path, "state"), tensors)
+    extra = decode(read_text(path, "extra"), tensors)  # what a model's `get_extra_state` adds
+    load_model(run.model, {**(trained or weights), **extra}, path)
     refuse_other_schedulers(run, state)
     warn_of_changes(run, state)
     run.progress.load_state_dict(state["progress"])
@@ -92,16 +68,17 @@ def restore(cfg: Settings, run: Run, restored: Restored) -> None:
             callback.load_state_dict(state["callbacks"][name])
     if cfg.resume == "auto":  # this very run goes on, and so do its loggers
         run.loggers.load_state_dict(state["loggers"])
-    if run.averaging is not None and restored.trained:
-        run.averaging.load_averages(restored.weights)
+    if run.averaging is not None and trained:  # the weights that are trained; "model" has the averages then
+        run.averaging.load_averages(weights)
     told = is_signal(run.progress.stopped_by) or run.progress.stopped_by in DURATIONS
     if told or cfg.resume != "auto":
         run.progress.stopped_by = duration_over(cfg, run)  # it may be longer now, or that of another run
     if cfg.resume != "auto" and run.progress.stopped_by is not None:
         raise RunError(
-            f"{restored.path} is of step {run.progress.step:,}, and {run.progress.stopped_by} is reached there: nothing would be trained. Durations "
+            f"{path} is of step {run.progress.step:,}, and {run.progress.stopped_by} is reached there: nothing would be trained. Durations "
             "count from the run's first step, earlier sessions included. Give a longer one, or take the weights alone with sheer.load_weights."
         )
+    return {"data": state["data"], "random": state["random"]}
 
 
 def refuse_other_schedulers(run: Run, state: dict[str, Any]) -> None:
@@ -134,13 +111,13 @@ def warn_of_changes(run: Run, state: dict[str, Any]) -> None:
         warnings.warn(warning, SheerWarning, stacklevel=5)
 
 
-def open_data(data: TrainingData | None, restored: Restored | None) -> Callable[[], None] | None:
+def open_data(data: TrainingData | None, state: dict[str, Any] | None) -> Callable[[], None] | None:
     """Bring the data to where it was saved. Returns what puts the random states back where the data says; None in a new run."""
-    if restored is None:
+    if state is None:
         return None
-    if data is not None and restored.state["data"] is not None:
-        data.load_state_dict(restored.state["data"])
-    return functools.partial(set_random_state, restored.state["random"])
+    if data is not None and state["data"] is not None:
+        data.load_state_dict(state["data"])
+    return functools.partial(set_random_state, state["random"])
 
 
 def newest_good(directory: Path) -> Path | None:

@@ -25,6 +25,7 @@ from sheer.build import (
     place_model,
     takes_step_number,
 )
+from sheer.checkpoint.store import read_text
 from sheer.checks import check_can_be_saved, check_length_of_schedules, check_start
 from sheer.console import Console
 from sheer.data.choose import check_loader, make_source
@@ -35,7 +36,7 @@ from sheer.events import RunInfo, events_of, named
 from sheer.loggers.base import Loggers, check_loggers
 from sheer.loggers.jsonl import JSONL
 from sheer.plugins import Plugins
-from sheer.resume import Restored, find_checkpoint, restore
+from sheer.resume import find_checkpoint, restore
 from sheer.run import Run
 from sheer.rundir import as_mapping, choose_run_dir, run_record
 from sheer.settings import Settings
@@ -78,13 +79,13 @@ def start_run(
     schedulers: Mapping[str, Any],
     data: TrainingData | None,
     planned_steps: int | None = None,
-) -> tuple[Run, Restored | None]:
+) -> tuple[Run, dict[str, Any] | None]:
     """Make a run out of what the user passed; where one is to be resumed, bring it to where its checkpoint was made.
 
     `planned_steps` is the number of steps of a loop whose data come later, where it is known.
 
     Returns:
-        the run, and the checkpoint that it goes on from.
+        the run, and the states of the data and the random numbers where it goes on; None in a new one.
 
     Raises:
         SettingsError, ModelError, RunError: something does not fit; the message says what, and what to do.
@@ -109,8 +110,9 @@ def start_run(
             'ReduceLROnPlateau follows the monitored metric, and monitor is not set. Set monitor="val/loss", say.'
         )
     directory = Path(tempfile.mkdtemp(prefix="dev-run-")) if cfg.fast_dev_run else choose_run_dir(cfg)
-    restored = find_checkpoint(cfg, directory / "checkpoints")
-    run_id = restored.run_id if restored is not None and cfg.resume == "auto" else secrets.token_hex(4)
+    checkpoint = find_checkpoint(cfg, directory / "checkpoints")
+    manifest = read_text(checkpoint, "manifest") if checkpoint is not None else None
+    run_id = manifest["run_id"] if manifest is not None and cfg.resume == "auto" else secrets.token_hex(4)
     record = run_record(directory, cfg, hparams, torch.initial_seed(), run_id)
     parameters = parameters_of(model, built)
     run = Run(
@@ -131,7 +133,7 @@ def start_run(
             run_id=record["id"],
             run_dir=directory,
             device=compute.device,
-            start_step=restored.state["progress"]["step"] if restored is not None else 0,
+            start_step=manifest["step"] if manifest is not None else 0,
             total_steps=steps,
             steps_per_epoch=data.steps_per_epoch if data is not None else None,
             log_every_n_steps=cfg.log_every_n_steps,
@@ -148,11 +150,10 @@ def start_run(
     if run.scaler is not None:
         run.progress.scale = run.scaler.get_scale()
     check_can_be_saved(run)
-    if restored is not None:
-        restore(cfg, run, restored)
+    state = restore(cfg, run, checkpoint) if checkpoint is not None else None
     check_length_of_schedules(cfg, run)
-    announce(cfg, run, restored)
-    return run, restored
+    announce(cfg, run, checkpoint)
+    return run, state
 
 
 def averaging_of(plugins: Plugins) -> Any | None:

@@ -210,9 +210,9 @@ class Trainer:
             schedulers: schedulers, or functions of (optimizer, total_steps), by the names of their optimizers.
             total_steps: how many steps the loop will make, for such functions; not needed where `max_steps` is set.
         """
-        run, restored = start_loop(self.settings, self.plugins, model, optimizers, schedulers or {}, total_steps)
+        run, state = start_loop(self.settings, self.plugins, model, optimizers, schedulers or {}, total_steps)
         self.run_dir, self._reporter = run.info.run_dir, Reporter(run.loggers, run.info, run.progress)
-        return Loop(self.settings, run, restored)
+        return Loop(self.settings, run, state)
 
     def validate(
         self,

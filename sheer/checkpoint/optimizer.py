@@ -68,7 +68,7 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: dict[str
 
 def refuse_another_optimizer(optimizer: Optimizer, names: list[str], state: dict[str, Any]) -> None:
     """Raise `RunError` where an optimizer, whose parameters have these names, is not the one that was saved."""
-    if state["class"] != type(optimizer).__name__:
+    if state.get("class", type(optimizer).__name__) != type(optimizer).__name__:  # an ejected script writes neither
         raise RunError(
             f"The optimizer that was saved is {state['class']}, and this one is {type(optimizer).__name__}: its state means nothing here. "
             "Build the same optimizer, or start a new run and take the weights with sheer.load_weights."
@@ -76,7 +76,7 @@ def refuse_another_optimizer(optimizer: Optimizer, names: list[str], state: dict
     options = options_of(optimizer)
     differing = [
         f"  {name}: {value!r} then, {options[name]!r} now"
-        for name, value in state["options"].items()
+        for name, value in state.get("options", {}).items()
         if name in options and options[name] != value
     ]
     if differing:

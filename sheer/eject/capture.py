@@ -243,8 +243,9 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
         "eval_step": arguments.get("eval_steps", [arguments.get("eval_step")]),
     }
     source = make_source(loader, seed=0, device=trainer.device) if loader is not None else None
-    loaders = [each for part in (loader, val_loader) for each in values_of(part) if each is not None]
-    loaders += [each for part in (*more_loaders, *arguments.get("val_loaders", [])) for each in values_of(part)]
+    evaluated = [each for each in values_of(val_loader) if each is not None]
+    evaluated += [each for part in (*more_loaders, *arguments.get("val_loaders", [])) for each in values_of(part)]
+    loaders = [*values_of(loader), *evaluated] if loader is not None else evaluated
     structures = {structure_of(each) for each in loaders} if not arguments.get("own_batches") else {""}
     callbacks = list(trainer.plugins.callbacks)
     labels = labels_of([*callbacks, *trainer.plugins.loggers])
@@ -276,7 +277,8 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
         skips=bool(arguments.get("resume_by_skipping")),
         is_training=model is not None and model.training,
         has_hparams=trainer.plugins.hparams is not None,
-        plain_data=is_plain_data(loader, type(source).__name__, trainer.settings),
+        plain_data=is_plain_data(loader, type(source).__name__, trainer.settings)
+        and not any(each is loader for each in evaluated),
         batch=structures.pop() if len(structures) == 1 else "",
         returns="Mapping" if all(returns_mapping(s) for own in steps.values() for s in own if s is not None) else "",
         uses=("computed",) if keeps_metrics() else (),

@@ -3,31 +3,64 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from sheer.eject.fold import Known, dotted, fold
+from sheer.eject.fold import Known, dotted, fold, is_constant, is_pure
 from sheer.eject.program import Program, arguments_of, drop_parameter
 from sheer.eject.records import fields_of, holders_of
-from sheer.eject.scope import assignments, default_of, parameters, walk
+from sheer.eject.scope import assignments, default_of, parameters, reads, walk
 
 _OTHERS = (dict, list, set, str, bytes, tuple, Path, torch.Tensor, nn.Module, torch.optim.Optimizer)
 
 
-def bind_methods(program: Program, known: Known) -> None:
-    """Put arguments that are the same constant in all calls of a method, or of a constructor, into the method itself."""
+def bind_methods(program: Program, known: Known, kept: Set[str]) -> None:
+    """Put arguments that are the same constant in all calls of a method, or of a constructor, into the method itself.
+
+    Parameters that it does not read go. `kept` are names of attributes that the script reads, so that it may call these methods.
+    """
     for node in list(program.nodes.values()):
-        if not isinstance(node, ast.ClassDef) or node.name in program.roots:
+        if not isinstance(node, ast.ClassDef):
             continue
+        out_of_reach = kept | {"__init__"} if node.name in program.roots else frozenset()
         for method in (m for m in node.body if isinstance(m, ast.FunctionDef) and not m.decorator_list):
-            calls = _calls(program, node, method)
+            calls = _calls(program, node, method) if method.name not in out_of_reach else None
             if calls:
                 own = method.args.args.pop(0)
                 _bind(method, calls, known)
+                _without_unread(method, calls)
                 method.args.args.insert(0, own)
+
+
+def _without_unread(method: ast.FunctionDef, calls: list[ast.Call]) -> None:
+    used = reads(method.body)
+    for parameter in parameters(method):
+        given = [(arguments_of(call, method) or {}).get(parameter.arg) for call in calls]
+        if not used[parameter.arg] and all(value is None or is_pure(value) for value in given):
+            drop_parameter(method, calls, parameter.arg)
+
+
+def narrowed(node: ast.ClassDef, calls: list[ast.Call]) -> ast.ClassDef:
+    """Return a class whose constructor takes only what one of these calls gives; the defaults of all else are put into it."""
+    made = copy.deepcopy(node)
+    for method in (m for m in made.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"):
+        own = method.args.args.pop(0)
+        passed = [arguments_of(call, method) for call in calls]
+        for parameter in parameters(method):
+            default = default_of(method, parameter.arg)
+            if (
+                default is not None
+                and is_constant(default)
+                and all(p is not None and parameter.arg not in p for p in passed)
+            ):
+                method.body = fold(method.body, Known({parameter.arg: default})) or [ast.Pass()]
+                drop_parameter(method, [], parameter.arg)
+        method.args.args.insert(0, own)
+    return made
 
 
 def _calls(program: Program, node: ast.ClassDef, method: ast.FunctionDef) -> list[ast.Call] | None:
@@ -118,18 +151,18 @@ class _Uncleared(ast.NodeTransformer):
         return ast.Pass() if isinstance(target, ast.Name) and target.id == self.name else node
 
 
-def fold_attributes(program: Program, known: Known) -> None:
-    """Put attributes that are given one constant, and never another, where they are read."""
+def fold_attributes(program: Program, known: Known, kept: Set[str]) -> None:
+    """Put attributes that are given one constant, and never another, where they are read; `kept` are those that the script reads."""
     stored = [
         n.attr for n in walk(program.nodes.values()) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)
     ]
     for node in list(program.nodes.values()):
-        if not isinstance(node, ast.ClassDef) or node.name in program.roots or _sets_by_name(node):
+        if not isinstance(node, ast.ClassDef) or _sets_by_name(node):
             continue
         candidates = [*_set_in_init(node), *_defaults(program, node)] if node.body else []
         for name, value in candidates:
             constant = isinstance(value, ast.Constant) or (isinstance(value, ast.Name) and value.id in known.constants)
-            if constant and stored.count(name) <= (name not in fields_of(node)):
+            if constant and name not in kept and stored.count(name) <= (name not in fields_of(node)):
                 for function in program.functions():
                     for holder in holders_of(program, function, node.name) + ["self"] * (function in node.body):
                         function.body = fold(function.body, Known({f"{holder}.{name}": value})) or [ast.Pass()]

@@ -12,6 +12,7 @@ from pathlib import Path
 import sheer
 from sheer.eject import emit
 from sheer.eject.capture import capture
+from sheer.eject.constants import narrowed
 from sheer.eject.entry import evaluations, prepared, prepared_loop, take_settings, training_device
 from sheer.eject.facts import Facts
 from sheer.eject.knowledge import RECORDS, constant_name, knowledge_of
@@ -96,6 +97,10 @@ def ejected(script: Script, facts: Facts) -> Ejected:
     program.nodes = {function.name: function for function in functions.values()}
     program.nodes["Settings"] = take_settings(root, rewrite.kept())
     program.nodes |= {"PlainLoop": loop, "own_steps": steps}
+    for name, twin in used.items():
+        node, calls = library[twin].node, rewrite.constructions(name)
+        if isinstance(node, ast.ClassDef) and calls:
+            program.nodes[twin] = narrowed(node, calls)
     program.roots = {function.name for function in functions.values()} | set(used.values())
     specialise(program, knowledge.known, RECORDS, knowledge.needless, script.attributes(), root=root.name)
     return assembled(script, rewrite, program, library, knowledge.settings, functions, used)

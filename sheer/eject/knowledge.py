@@ -44,6 +44,8 @@ TWINS = {
     "load_model": "plain_load_model",
     "prune": "plain_prune",
     "load_weights": "plain_load_weights",
+    "optimizer_state": "plain_optimizer_state",
+    "check_weights": "plain_check_weights",
     "encode": "plain_encode",
     "decode": "plain_decode",
     "Session": "plain_session",
@@ -154,6 +156,7 @@ def knowledge_of(
         Known(known, frozenset(present), frozenset(absent), frozenset(always), answers, settings, kinds, tables),
         {name: twin for name, twin in TWINS.items() if plain_metrics or name != "Metrics"}
         | batch_twins(facts)
+        | ({} if facts.has_hparams or "media" in facts.uses else {"TensorBoard": "PlainTensorBoard"})
         | ({"TrainingData": data_twin(facts)} if facts.plain_data else {}),
         Needless(frozenset(calls), frozenset({"_Place"}), INPUT_ERRORS),
         settings,
@@ -222,6 +225,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
             ("eval_step" if len(call.args) > 1 and "eval_step" not in facts.none else "step") in facts.numbered
         ),
         "events_of": lambda call: parsed(f"Events({shown})"),
+        "holds_means": lambda call: None if "Mean" in facts.uses else ast.Constant(False),
         "named": lambda call: parsed(f"{{{stateful}}}") if isinstance(call.args[0], ast.Tuple) else None,
         "as_mapping": lambda call: None if facts.has_hparams else parsed("{}"),
         "choose_run_dir": lambda call: chosen_folder(facts),

@@ -142,6 +142,13 @@ class Rewrite:
         names += [plugin.name for plugin in (*self.facts.callbacks, *self.facts.loggers) if plugin.is_ours]
         return list(dict.fromkeys(name for name in names if name not in MADE_HERE))
 
+    def constructions(self, name: str) -> list[ast.Call]:
+        """Return where the script makes objects of a class of the library; none where it uses the class otherwise, too."""
+        uses = [node for node, known in self.script.references() if known == name]
+        calls = [self.script.parents[id(node)] for node in uses]
+        made = [c for c, node in zip(calls, uses, strict=True) if isinstance(c, ast.Call) and c.func is node]
+        return made if len(made) == len(uses) else []
+
     def freed(self) -> set[str]:
         """Return names that the script has for the library, and will not have any more."""
         return {*self.script.modules, *self.script.imported}

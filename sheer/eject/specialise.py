@@ -69,8 +69,8 @@ def specialise(
         program.collect()
         narrow_parameters(program)
         bind_parameters(program, known)
-        bind_methods(program, known)
-        fold_attributes(program, known)
+        bind_methods(program, known, kept)
+        fold_attributes(program, known, kept)
         inline_expressions(program)
         while inline_procedures(program, MOST_INLINED, records) or inline_blocks(program):
             pass

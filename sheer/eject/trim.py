@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 from collections.abc import Set
 
 from sheer.eject.fold import dotted, is_idle, is_pure
@@ -109,22 +108,9 @@ def trim_classes(program: Program, kept: Set[str]) -> None:
             asked = _is_asked(program, node.name)
             before = list(fields_of(node))
             node.body = [part for part in node.body if not _is_unread(part, used, asked)] or [ast.Pass()]
-            if any(
-                isinstance(part, ast.Attribute) and part.attr == "asdict" for part in walk([node])
-            ):  # it reads them all
-                node.body = _with_all_fields(program.library[node.name].node, node)
             _trim_constructions(program, node, before)
     for function in program.functions():
         function.body = _UnreadAttributes(program, used).body(function.body) or [ast.Pass()]
-
-
-def _with_all_fields(original: ast.AST, node: ast.ClassDef) -> list[ast.stmt]:
-    """Return the body of a dataclass with the fields that it had in the library."""
-    assert isinstance(original, ast.ClassDef)
-    fields = [copy.deepcopy(part) for part in original.body if isinstance(part, ast.AnnAssign)]
-    rest = [part for part in node.body if not isinstance(part, ast.AnnAssign)]
-    docstring = rest[:1] if isinstance(rest[0], ast.Expr) else []
-    return [*docstring, *fields, *rest[len(docstring) :]]
 
 
 def _attributes_reached(program: Program, kept: Set[str]) -> set[str]:

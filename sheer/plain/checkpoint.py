@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from sheer.checkpoint.optimizer import names_of
 from sheer.checkpoint.store import Saved, ranked
 
 
@@ -31,8 +33,7 @@ def plain_write_checkpoint(
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     for name, group in tensors.items():
-        copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in group.items()}
-        save_file(copies, path / f"{name}.safetensors")
+        save_file({key: value.cpu().clone().contiguous() for key, value in group.items()}, path / f"{name}.safetensors")
     for name, content in texts.items():
         (path / f"{name}.json").write_text(json.dumps(content))
     files = {}
@@ -40,10 +41,9 @@ def plain_write_checkpoint(
         with file.open("rb+") as stream:
             os.fsync(stream.fileno())
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        files[file.name] = {"size": file.stat().st_size, "sha256": digest}
-    manifest = {"format": 1, "step": step, "torch": torch.__version__, **facts, "files": files}
+            files[file.name] = {"size": file.stat().st_size, "sha256": digest}
     with (path / "manifest.tmp").open("w") as out:
-        json.dump(manifest, out, indent=1)
+        json.dump({"format": 1, "step": step, "torch": torch.__version__, **facts, "files": files}, out, indent=1)
         out.flush()
         os.fsync(out.fileno())
     (path / "manifest.tmp").rename(path / "manifest.json")
@@ -59,10 +59,8 @@ def plain_committed(directory: Path) -> list[Saved]:
 def plain_newest_good(directory: Path) -> Path | None:
     """Return the newest checkpoint whose files are as they were written."""
     for saved in reversed(plain_committed(directory)):
-        files = saved.manifest["files"]
-        if all(
-            hashlib.sha256((saved.path / name).read_bytes()).hexdigest() == f["sha256"] for name, f in files.items()
-        ):
+        hashes = {name: file["sha256"] for name, file in saved.manifest["files"].items()}
+        if hashes == {name: hashlib.sha256((saved.path / name).read_bytes()).hexdigest() for name in hashes}:
             return saved.path
     return None
 
@@ -96,20 +94,38 @@ def plain_load_weights(model: nn.Module, source: str | Path, which: str = "best"
     return path
 
 
+def plain_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return the state of each parameter, and the groups, both by name."""
+    names, state = names_of(optimizer, model), optimizer.state_dict()
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
+
+
+def plain_check_weights(model: nn.Module, step: int) -> None:
+    """Raise an error for a weight that became NaN or infinite though no loss has shown it yet."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise FloatingPointError(f"{name} became NaN or infinite by step {step}, which is not saved.")
+
+
 def plain_encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """Return a value as JSON; the tensors in it go into `tensors`, named by their path."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        tensors[path] = torch.as_tensor(value).detach()
-        return {"$tensor": path}
-    if isinstance(value, dict):
-        items = {key: plain_encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
-        return (
-            items if all(isinstance(key, str) for key in items) else {"$dict": [list(pair) for pair in items.items()]}
-        )
-    if isinstance(value, (list, tuple)):
-        parts = [plain_encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
-        return parts if isinstance(value, list) else {"$tuple": parts}
-    return {"$float": repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
+    match value:
+        case Tensor() | np.ndarray():
+            tensors[path] = torch.as_tensor(value).detach()
+            return {"$tensor": path}
+        case dict():
+            items = {key: plain_encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
+            return (
+                items if all(isinstance(key, str) for key in items) else {"$dict": [[*pair] for pair in items.items()]}
+            )
+        case list():
+            return [plain_encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
+        case tuple():
+            return {"$tuple": plain_encode(list(value), tensors, path)}
+        case float() if not math.isfinite(value):
+            return {"$float": repr(value)}
+    return value
 
 
 def plain_decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -120,9 +136,9 @@ def plain_decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         case {"$tensor": name}:
             return tensors[name]
         case {"$tuple": parts}:
-            return tuple(plain_decode(part, tensors) for part in parts)
+            return tuple(plain_decode(parts, tensors))
         case {"$dict": pairs}:
-            return {key: plain_decode(item, tensors) for key, item in pairs}
+            return dict(plain_decode(pairs, tensors))
         case {"$float": text}:
             return float(text)
         case dict():

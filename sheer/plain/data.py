@@ -10,25 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from sheer.data.batch import StepBatch, count_samples, move
 from sheer.progress import Progress
-
-
-class PlainOrder(Sampler[int]):
-    """The samples of an epoch, from `start` on: a permutation that depends on the seed and the epoch alone."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0
-
-    def __iter__(self) -> Iterator[int]:
-        seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
-        yield from order[self.start :].tolist()
 
 
 @dataclass(frozen=True)
@@ -42,10 +27,13 @@ def plain_epochs(loader: Any, device: torch.device) -> Iterator[tuple[Any, bool]
     """Yield batches, and whether each ends its epoch, whose order depends on the seed and its number alone."""
     seed = torch.initial_seed()
     loader.sampler.generator = order = torch.Generator()
-    for epoch in itertools.count():
-        order.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-        for number, batch in enumerate(loader, 1):
-            yield move(batch, device), number == len(loader)
+    try:
+        for epoch in itertools.count():
+            order.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+            for number, batch in enumerate(loader, 1):
+                yield move(batch, device), number == len(loader)
+    finally:
+        loader.sampler.generator = None
 
 
 def plain_grouped(batches: Iterator[tuple[Any, bool]], size: int) -> Iterator[tuple[list[tuple[Any, int]], bool]]:
@@ -61,51 +49,39 @@ def plain_grouped(batches: Iterator[tuple[Any, bool]], size: int) -> Iterator[tu
 class PlainData:
     """The batches of epoch after epoch, from any position on; the order of an epoch depends on the seed and its number alone."""
 
-    def __init__(self, loader: DataLoader[Any], device: torch.device, accumulate: int) -> None:
+    def __init__(self, loader: Any, device: torch.device, accumulate: int) -> None:
+        self.loader = loader
         self.device = device
-        self.batch_size = loader.batch_size or 1
-        self.batches = len(loader)
-        self.steps_per_epoch = -(-self.batches // accumulate)
-        self.order = PlainOrder(len(loader.dataset), torch.initial_seed())  # type: ignore[arg-type]
-        self.loader = DataLoader(
-            loader.dataset,
-            loader.batch_size,
-            sampler=self.order,
-            drop_last=loader.drop_last,
-            collate_fn=loader.collate_fn,
-            pin_memory=device.type == "cuda",
-            generator=loader.generator,
-        )
+        self.seed = torch.initial_seed()
+        self.steps_per_epoch = -(-len(loader) // accumulate)
 
     def epochs(self, epoch: int, start: int, restore_random: Callable[[], None] | None) -> Iterator[tuple[Any, bool]]:
-        """Yield each batch, and whether it is the last of its epoch; the first is batch `start` of `epoch`."""
-        for number in itertools.count(epoch):
-            self.order.epoch = number
-            self.order.start = start * self.batch_size
-            if restore_random is not None and start == 0:  # making the iterator draws a number
-                restore_random()
-            batches = iter(self.loader)
-            if restore_random is not None and start > 0:
-                restore_random()
-            for index, batch in enumerate(batches, start + 1):
-                yield move(batch, self.device), index == self.batches
-            start = 0
-            restore_random = None
+        """Yield each batch, and whether it ends its epoch; the first is batch `start` of `epoch`."""
+        order = self.loader.sampler.generator = torch.Generator()
+        try:
+            for number in itertools.count(epoch):
+                order.manual_seed(int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0]))
+                if restore_random is not None and start == 0:  # making an iterator draws a number
+                    restore_random()
+                for index, batch in enumerate(self.loader, 1):
+                    if index > start:
+                        yield move(batch, self.device), index == len(self.loader)
+                    elif restore_random is not None and index == start:
+                        restore_random()
+                start, restore_random = 0, None
+        finally:
+            self.loader.sampler.generator = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
-        samples = min(self.order.size, self.batches * self.batch_size)
-        source = {"seed": self.order.seed, "samples": samples, "batch_size": self.batch_size, "shuffle": True}
-        return {
-            "kind": "GlobalOrderSource",
-            "batches": self.batches,
-            "source": {**source, "generators": []},
-            "random": None,
-        }
+        size, batches = self.loader.batch_size, len(self.loader)
+        samples = min(len(self.loader.dataset), batches * size)
+        source = {"seed": self.seed, "samples": samples, "batch_size": size, "shuffle": True, "generators": []}
+        return {"kind": "GlobalOrderSource", "batches": batches, "source": source, "random": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the seed of the run that goes on."""
-        self.order.seed = state["source"]["seed"]
+        self.seed = state["source"]["seed"]
 
 
 class PlainSteps:

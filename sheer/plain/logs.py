@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
-from sheer.events import Events
+from sheer.events import Events, RunInfo
 from sheer.metrics import Media
 from sheer.run import Run
 from sheer.signals import EXIT_STATUS
@@ -104,24 +104,53 @@ def plain_eval_mode(model: nn.Module, events: Events) -> Iterator[None]:
 class PlainStopSignals:
     """While entered, Ctrl-C and SIGTERM are remembered in `received`; the second leaves at once."""
 
-    def __init__(self) -> None:
-        self.received: str | None = None
+    received: str | None = None
 
     def __enter__(self) -> PlainStopSignals:
         self.before = {n: signal.signal(n, self.take) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def take(self, number: int, frame: FrameType | None) -> None:
+    def take(self, number: int, frame: object) -> None:
         """Note a signal."""
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+
+
+class PlainTensorBoard:
+    """Writes TensorBoard's event files to a folder in the run's folder."""
+
+    def __init__(self, folder: str = "tensorboard") -> None:
+        self.folder = folder
+        self.goes_on = False  # opened before in this process: nothing in the files is to be hidden
+
+    def start(self, info: RunInfo) -> None:
+        """Open a new event file; what others in the folder hold of steps that will be made again is hidden."""
+        hide_from = None if self.goes_on else info.start_step + 1
+        self.writer = SummaryWriter(str(info.run_dir / self.folder), purge_step=hide_from, flush_secs=10)
+        self.goes_on = True
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a scalar for each metric."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.writer.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Write what is left, since a run that goes on from here will not write it again."""
+        self.writer.flush()
+        return {"run": None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hide, at the start, what was written after the checkpoint."""
+        self.goes_on = False
 
 
 def plain_leave(run: Run, signals: PlainStopSignals) -> None:

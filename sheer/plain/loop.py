@@ -15,9 +15,8 @@ from sheer.build import takes_step_number
 from sheer.data.batch import count_samples
 from sheer.evaluation import Evaluation
 from sheer.loop import finish, log_training, validate
-from sheer.own_loop import apply_one, backward_alone, own_steps, start_loop
+from sheer.own_loop import apply_one, backward_alone, is_last_step, own_steps, start_loop
 from sheer.plugins import Plugins
-from sheer.resume import Restored
 from sheer.run import Result, Run, result_of
 from sheer.session import leave_if_told
 from sheer.settings import Settings
@@ -33,17 +32,17 @@ def plain_start_loop(
     total_steps: int | None,
 ) -> PlainLoop:
     """Start a run without a loop."""
-    run, restored = start_loop(cfg, plugins, model, optimizers, schedulers, total_steps)
-    return PlainLoop(cfg, run, restored)
+    run, state = start_loop(cfg, plugins, model, optimizers, schedulers, total_steps)
+    return PlainLoop(cfg, run, state)
 
 
 class PlainLoop:
     """A run whose loop is the script's own: it counts, logs, saves, stops and resumes."""
 
-    def __init__(self, cfg: Settings, run: Run, restored: Restored | None) -> None:
+    def __init__(self, cfg: Settings, run: Run, state: dict[str, Any] | None) -> None:
         self.cfg = cfg
         self.run = run
-        self.restored = restored
+        self.state = state
         self.signals = StopSignals()
         self.finished = False
         for logger in run.loggers.members:
@@ -76,10 +75,7 @@ class PlainLoop:
     @property
     def is_last(self) -> bool:
         """Whether the step that is running is the last, because a duration is over with it."""
-        progress = self.run.progress
-        steps_over = self.cfg.max_steps is not None and progress.step >= self.cfg.max_steps
-        epochs_over = self.cfg.max_epochs is not None and progress.epoch + self.epoch_ends >= self.cfg.max_epochs
-        return steps_over or epochs_over or (self.cfg.max_time is not None and self.run.seconds >= self.cfg.max_time)
+        return is_last_step(self.cfg, self.run, self.epoch_ends)
 
     @property
     def model(self) -> nn.Module:
@@ -103,7 +99,7 @@ class PlainLoop:
 
     def steps(self, loader: Any = None, *, resume_by_skipping: bool = False) -> Iterator[Any]:
         """Yield a batch on the device for each step, and after it do what is due; without a loader, the step's number."""
-        yield from own_steps(self.cfg, self.run, self.signals, self.restored, loader, resume_by_skipping)
+        yield from own_steps(self.cfg, self.run, self.signals, self.state, loader, resume_by_skipping)
         if self.signals.received is not None:
             self.finish()
 

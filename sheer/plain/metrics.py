@@ -67,10 +67,15 @@ def plain_rows_state(rows: list[tuple[Any, int]]) -> dict[str, Any]:
     return {"weighted": not isinstance(rows[0][0], Mean), "folded": [columns]}
 
 
+def holds_means(saved: dict[str, Any]) -> bool:
+    """Whether what was saved are means with counts of their own."""
+    return not saved["weighted"]
+
+
 def plain_rows(saved: dict[str, Any]) -> list[tuple[Any, int]]:
     """Return the values that a checkpoint holds."""
     pairs = [pair for columns in saved["folded"] for pair in zip(*(column.tolist() for column in columns), strict=True)]
-    if not saved["weighted"]:
+    if holds_means(saved):
         return [(Mean(total, count), 1) for total, count in pairs]
     return [(value, int(samples)) for value, samples in pairs]
 

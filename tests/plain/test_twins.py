@@ -18,7 +18,6 @@ from sheer.checkpoint.store import committed, prune, read_tensors, verify, write
 from sheer.data.batch import count_samples, move
 from sheer.data.choose import make_source
 from sheer.data.feed import TrainingData
-from sheer.data.order import GlobalSampler
 from sheer.evaluation import eval_mode
 from sheer.events import Events
 from sheer.metrics import Mean, Metrics
@@ -32,7 +31,6 @@ from sheer.plain.checkpoint import (
 )
 from sheer.plain.data import (
     PlainData,
-    PlainOrder,
     moved_dict,
     moved_list,
     moved_tensor,
@@ -79,14 +77,6 @@ def test_a_value_that_is_not_finite_is_named() -> None:
         plain_check(watched)
     plain_check(fine := watched[:1])
     assert fine == []
-
-
-@given(st.integers(1, 50), st.integers(0, 2**40), st.integers(0, 5), st.integers(0, 50))
-def test_the_order(size: int, seed: int, epoch: int, start: int) -> None:
-    original, twin = GlobalSampler(range(size), seed=seed), PlainOrder(size, seed)
-    original.set_epoch(epoch, min(start, size))
-    twin.epoch, twin.start = epoch, min(start, size)
-    assert list(twin) == list(original)
 
 
 def loader(size: int, drop_last: bool) -> DataLoader[Any]:
