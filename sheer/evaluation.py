@@ -41,7 +41,7 @@ class Evaluation:
 
     step_function: Any
     loaders: Any  # one loader, or a mapping of names to loaders
-    prefix: str  # "val" or "test"
+    prefix: str  # "val/" or "test/"
     limit: int | float | None = None  # batches of each loader, or a share of them
     numbered: bool = False  # whether the step takes the number of the training step
 
@@ -53,7 +53,7 @@ def evaluate(
     with eval_mode(model, events):
         # Several loaders give names such as val/<loader>/<name>; pictures and texts go into `media`.
         means = [
-            evaluate_loader(model, evaluation, compute, loader, f"{evaluation.prefix}/{loader_name}", step, media)
+            evaluate_loader(model, evaluation, compute, loader, evaluation.prefix + loader_name, step, media)
             for loader_name, loader in named_loaders(evaluation.loaders)
         ]
     return {name: value for part in means for name, value in part.items()}

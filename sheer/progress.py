@@ -20,9 +20,7 @@ class Progress:
     last_skipped: int = 0  # the last of them
     seconds: float = 0.0  # time spent between the start and the last save, earlier sessions counted in
     stopped_by: str | None = None  # why the run ended; None: it has not
-    metrics: dict[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # of the last validation; of the last log point where there was none
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation, or log point
     validated_at: int = -1  # the step of that validation
     saved_at: int = -1  # the step whose checkpoint holds all of the run as it is now; -1: something came since
     scale: float = 1.0  # the factor of a gradient scaler after the last step

@@ -31,8 +31,8 @@ def save_checkpoint(cfg: Settings, run: Run) -> Path:
         groups["training"] = trained  # "model" holds the averages, which are what is used
     extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
     texts = {"state": state, "extra": encode(extra, tensors, "extra")}
-    metrics = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
-    facts = {"run_id": run.info.run_id, "metrics": encode(metrics, {}), "settings": dict(run.info.settings)}
+    measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
+    facts = {"run_id": run.info.run_id, "metrics": encode(measured, {}), "settings": dict(run.info.settings)}
     try:
         path = write_checkpoint(run.checkpoints, run.progress.step, groups, texts, facts)
     except (OSError, SafetensorError) as error:

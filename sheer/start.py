@@ -179,7 +179,7 @@ def console_of(plugins: Plugins) -> Console:
 
 
 def evaluation_of(
-    cfg: Settings, model: nn.Module, step: Callable[..., Any], loaders: Any, *, prefix: str = "val"
+    cfg: Settings, model: nn.Module, step: Callable[..., Any], loaders: Any, *, prefix: str = "val/"
 ) -> Evaluation | None:
     """Return what a validation does, or None where there is nothing to validate on."""
     if loaders is None or cfg.limit_val_batches == 0:

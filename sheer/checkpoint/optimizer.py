@@ -51,18 +51,18 @@ def options_of(optimizer: Optimizer) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in IMPLEMENTATION and is_plain(value)}
 
 
-def load_optimizer_state(optimizer: Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:
     """Take back what `optimizer_state` returned.
 
     Raises:
         RunError: it is another optimizer, has other options, or its groups hold other parameters than those that were saved.
     """
     names = names_of(optimizer, model)
-    refuse_another_optimizer(optimizer, names, state)
-    index_of = {name: index for index, name in enumerate(names)}
+    refuse_another_optimizer(optimizer, names, saved)
+    index_of = {key: index for index, key in enumerate(names)}
     own_groups = optimizer.state_dict()["param_groups"]
-    groups = [{**saved, "params": own["params"]} for own, saved in zip(own_groups, state["groups"], strict=True)]
-    values = {index_of[name]: value for name, value in state["state"].items()}
+    groups = [{**group, "params": own["params"]} for own, group in zip(own_groups, saved["groups"], strict=True)]
+    values = {index_of[key]: value for key, value in saved["state"].items()}
     optimizer.load_state_dict({"state": values, "param_groups": groups})
 
 

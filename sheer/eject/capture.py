@@ -249,7 +249,9 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
     structures = {structure_of(each) for each in loaders} if not arguments.get("own_batches") else {""}
     callbacks = list(trainer.plugins.callbacks)
     labels = labels_of([*callbacks, *trainer.plugins.loggers])
-    state_names = {id(callback): name for name, callback in named(callbacks).items()}
+    state_names = {
+        id(each): name for group in (callbacks, trainer.plugins.loggers) for name, each in named(group).items()
+    }
     return Facts(
         file="",
         call=Span(0, 0, 0, 0),
@@ -258,7 +260,9 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
         kind=kind,
         settings=dataclasses.asdict(trainer.settings),
         callbacks=tuple(_plugin(c, labels.pop(0), state_names.get(id(c), "")) for c in callbacks),
-        loggers=tuple(_plugin(logger, labels.pop(0), "") for logger in trainer.plugins.loggers),
+        loggers=tuple(
+            _plugin(logger, labels.pop(0), state_names.get(id(logger), "")) for logger in trainer.plugins.loggers
+        ),
         none=tuple(name for name in NONE[kind] if not arguments.get(name) and arguments.get(name) is None),
         functions=tuple(
             what

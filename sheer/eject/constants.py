@@ -18,7 +18,7 @@ from sheer.eject.scope import assignments, default_of, parameters, reads, walk
 _OTHERS = (dict, list, set, str, bytes, tuple, Path, torch.Tensor, nn.Module, torch.optim.Optimizer)
 
 
-def bind_methods(program: Program, known: Known, kept: Set[str]) -> None:
+def bind_methods(program: Program, known: Known, kept: Set[str] = frozenset()) -> None:
     """Put arguments that are the same constant in all calls of a method, or of a constructor, into the method itself.
 
     Parameters that it does not read go. `kept` are names of attributes that the script reads, so that it may call these methods.
@@ -151,7 +151,7 @@ class _Uncleared(ast.NodeTransformer):
         return ast.Pass() if isinstance(target, ast.Name) and target.id == self.name else node
 
 
-def fold_attributes(program: Program, known: Known, kept: Set[str]) -> None:
+def fold_attributes(program: Program, known: Known, kept: Set[str] = frozenset()) -> None:
     """Put attributes that are given one constant, and never another, where they are read; `kept` are those that the script reads."""
     stored = [
         n.attr for n in walk(program.nodes.values()) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sheer.eject.program import BUILTINS, Program, Refusal, free_names
 from sheer.eject.scope import bound_in, walk
-from sheer.eject.source import Definition, notes_of, unparse
+from sheer.eject.source import Definition, imported, notes_of, unparse
 from sheer.settings import Checkpoint, Settings
 
 ERRORS = {
@@ -52,8 +52,10 @@ def without_aliases(program: Program) -> None:
 
 class _WrittenOut(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        is_list = isinstance(node.func, ast.Name) and node.func.id in ALIASES and len(node.args) == 1
-        return self.visit(node.args[0]) if is_list else self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id in ALIASES and len(node.args) == 1:
+            node.func = ast.Name("list", ast.Load())
+            return self.visit(node.args[0]) if isinstance(node.args[0], ast.List) else self.generic_visit(node)
+        return self.generic_visit(node)
 
     def visit_keyword(self, node: ast.keyword) -> ast.AST:
         if node.arg == "default_factory" and isinstance(node.value, ast.Name) and node.value.id in ALIASES:
@@ -89,6 +91,13 @@ def rename(program: Program, names: Mapping[str, str]) -> None:
     program.nodes = {names.get(name, name): node for name, node in program.nodes.items()}
 
 
+def with_short_docstrings(program: Program) -> None:
+    """Keep the first paragraph of each docstring: what follows speaks of errors that are not raised here, and of parameters that are gone."""
+    for node in walk(list(program.nodes.values())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (text := ast.get_docstring(node)) is not None:
+            node.body[0] = ast.Expr(ast.Constant(text.split("\n\n")[0]))
+
+
 def quote_own_names(program: Program) -> None:
     """Put the name of a class into quotes in the types inside of it, where it is not defined yet."""
     for node in [node for node in program.nodes.values() if isinstance(node, ast.ClassDef)]:
@@ -115,9 +124,22 @@ def _place(program: Program, name: str, done: dict[str, ast.stmt], above: tuple[
     done[name] = node
 
 
-def imports_of(nodes: Sequence[ast.stmt], library: Mapping[str, Definition], known: Iterable[str]) -> list[str]:
+def lifted_imports(nodes: Sequence[ast.stmt]) -> list[str]:
+    """Take the imports out of functions, and return them for the head of the file."""
+    found: dict[str, None] = {}
+    for node in walk(nodes):
+        if isinstance(node, ast.FunctionDef):
+            own = [part for part in node.body if isinstance(part, (ast.Import, ast.ImportFrom))]
+            node.body = [part for part in node.body if part not in own]
+            found |= {statement: None for _, statement in imported(own)}
+    return list(found)
+
+
+def imports_of(
+    nodes: Sequence[ast.stmt], library: Mapping[str, Definition], known: Iterable[str], lifted: Sequence[str] = ()
+) -> list[str]:
     """Return the import statements for names that definitions use and neither they nor the script have."""
-    available: dict[str, str] = {}
+    available = {name: text for text in lifted for name, _ in imported(ast.parse(text).body)}
     for definition in library.values():
         for name, statement in definition.imports.items():
             if "sheer" not in statement:

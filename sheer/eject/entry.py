@@ -36,7 +36,8 @@ def prepared(fit: ast.FunctionDef, facts: Facts, returned: ast.expr | None = Non
     for node in walk(fit.body):
         if isinstance(node, ast.Return):
             node.value = copy.deepcopy(returned)
-    fit.returns = ast.Constant(None) if returned is None else ast.Name("Result", ast.Load())
+    with_info = isinstance(returned, ast.Tuple)
+    fit.returns = _expression("None" if returned is None else "tuple[Result, RunInfo]" if with_info else "Result")
     if returned is None and isinstance(fit.body[-1], ast.Return):
         fit.body.pop()
     for parameter in parameters(fit):
@@ -184,7 +185,7 @@ def evaluation(other: Other, call: ast.Call, rewrite: Rewrite, name: str) -> ast
         lines += [f"return predict(model, {step}, loader, compute, events, {most})"]
         said, returned = "Return an iterator over what a step returns for each batch.", "Iterator[Any]"
     else:
-        prefix = "test" if other.kind == "test" else "val"
+        prefix = "test/" if other.kind == "test" else "val/"
         lines += [f"evaluation = Evaluation(step_function, loader, {prefix!r}, {most}, {other.numbered})"]
         lines += ["metrics = evaluate(model, evaluation, compute, events, 0, {})"]
         lines += ["plain_report(result, metrics)"] * is_later

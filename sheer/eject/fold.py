@@ -110,7 +110,7 @@ def is_pure(node: ast.AST) -> bool:
 _IDLE = frozenset(
     {
         "secrets.token_hex", "set", "sum", "len", "list", "dict", "tuple", "str", "int", "float", "bool", "next", "hasattr", "isinstance", "Path",
-        "torch.device", "torch.initial_seed", "nullcontext",
+        "torch.device", "torch.initial_seed", "nullcontext", "Events",
     }
 )  # fmt: skip
 _IDLE_METHODS = frozenset({"startswith", "get", "items", "keys", "values", "copy", "parameters", "named_parameters"})
@@ -234,8 +234,8 @@ class _Folder(ast.NodeTransformer):
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
         self.generic_visit(node)
         left, right = node.left, node.right
-        if isinstance(node.op, ast.Add) and is_constant(left, ""):
-            return right
+        if isinstance(node.op, ast.Add) and (is_constant(left, "") or is_constant(right, "")):
+            return right if is_constant(left, "") else left
         if isinstance(left, ast.Constant) and isinstance(right, ast.Constant) and isinstance(node.op, ast.Add):
             return ast.Constant(left.value + right.value) if type(left.value) is type(right.value) is int else node
         if (
@@ -356,7 +356,7 @@ class _Folder(ast.NodeTransformer):
                 _Folder(replace(self.known, values=bound)).generic_visit(node)
                 del node.generators[0]
                 return self._rows(node)
-        if items is None or len(node.generators) > 1 or generator.is_async:
+        if items is None or len(node.generators) > 1 or generator.is_async or all(map(_is_outside, items or [node])):
             self.generic_visit(node)
             return None
         rows = []
@@ -453,6 +453,11 @@ class _Folder(ast.NodeTransformer):
         return node
 
 
+def _is_outside(item: ast.expr) -> bool:
+    """Whether an item is an attribute of a module: a comprehension over such reads better than a list of what it gives."""
+    return isinstance(item, ast.Attribute)
+
+
 def _copied(node: ast.DictComp) -> ast.expr | None:
     """Return the mapping that a comprehension only copies."""
     generator = node.generators[0]
@@ -508,6 +513,8 @@ def bindings(target: ast.expr, value: ast.expr) -> dict[str, ast.expr] | None:
 
 def condition(node: ast.expr) -> ast.expr:
     """Simplify an expression of which only the truth counts."""
+    if isinstance(node, ast.IfExp) and is_constant(node.body, True):
+        return condition(ast.BoolOp(ast.Or(), [node.test, node.orelse]))
     if isinstance(node, ast.BoolOp):
         neutral = isinstance(node.op, ast.And)
         values = [condition(value) for value in node.values]

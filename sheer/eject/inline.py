@@ -7,7 +7,7 @@ import copy
 from collections.abc import Mapping, Sequence
 
 from sheer.eject.drop import Needless, drop
-from sheer.eject.fold import is_constant, is_pure
+from sheer.eject.fold import dotted, is_constant, is_pure
 from sheer.eject.program import BUILTINS, Program, arguments_of
 from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, substituted, walk
 from sheer.eject.source import Notes, notes_of, with_notes
@@ -28,7 +28,7 @@ def inline_expressions(program: Program) -> bool:
         ):
             continue
         calls = program.calls(name)
-        if len(body) != 1 or not isinstance(body[0], ast.Return) or body[0].value is None or not calls:
+        if not isinstance(body[0], (ast.Return, ast.Expr)) or body[0].value is None or not calls:
             continue
         if not (len(calls) == 1 or _is_small(body[0].value)):
             continue
@@ -61,6 +61,8 @@ class _ExpressionCall(ast.NodeTransformer):
             value = given.get(parameter.arg, default_of(self.function, parameter.arg))
             if value is None or not (is_pure(value) or (uses.count(parameter.arg) == 1 and len(given) == 1)):
                 return node
+            if uses.count(parameter.arg) > 1 and dotted(value) is None and not is_constant(value):
+                return node  # a reader would see the same expression several times
             values[parameter.arg] = value
         inner = {
             part.id for part in walk([self.value]) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)

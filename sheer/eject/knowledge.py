@@ -87,6 +87,7 @@ def absent_in_run(facts: Facts) -> dict[str, str]:
         "compute.autocast": ("nullcontext()", facts.settings["precision"].endswith("-mixed")),
         "compute.dtype": ("None", facts.settings["precision"] in ("bf16-true", "64-true")),
     }
+    empty["info.settings"] = ("{}", False)
     absent = {name: value for name, (value, given) in empty.items() if not given}
     return absent | {
         f"events.{event.removeprefix('on_')}": "()" for event in EVENTS if event.removeprefix("on_") not in there
@@ -217,7 +218,6 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         for event in dict.fromkeys(event for c in facts.callbacks for event in c.events)
     }
     shown = ", ".join(f"{event}=({labels},)" for event, labels in events.items())
-    stateful = ", ".join(f"{c.state_name!r}: {marked(c.label)}" for c in facts.callbacks if c.has_state)
     loggers = ", ".join(f"{marked(logger.label)}," for logger in facts.loggers)
     places = ["compute.device", "compute.dtype"] if converts(facts) else ["compute.device"]
     answers: dict[str, Answer] = {
@@ -226,7 +226,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         ),
         "events_of": lambda call: parsed(f"Events({shown})"),
         "holds_means": lambda call: None if "Mean" in facts.uses else ast.Constant(False),
-        "named": lambda call: parsed(f"{{{stateful}}}") if isinstance(call.args[0], ast.Tuple) else None,
+        "named": lambda call: named_of(facts, call.args[0]),
         "as_mapping": lambda call: None if facts.has_hparams else parsed("{}"),
         "choose_run_dir": lambda call: chosen_folder(facts),
         "run_record": lambda call: parsed("{'id': run_id}"),
@@ -287,6 +287,16 @@ def built(made: ast.expr, arguments: list[ast.expr]) -> ast.expr | None:
     if name.startswith("make_"):
         return ast.Call(made, arguments, [])
     return made if name in ("optimizer", "scheduler") else None
+
+
+def named_of(facts: Facts, plugins: ast.expr) -> ast.expr | None:
+    """Return callbacks or loggers that have a state, by the names that it is saved under; None where they are not written out."""
+    if not isinstance(plugins, ast.Tuple):
+        return None
+    there = {marked(plugin.label): plugin for plugin in (*facts.callbacks, *facts.loggers) if plugin.has_state}
+    labels = [re.sub(r"_\d+$", "", item.id) if isinstance(item, ast.Name) else "" for item in plugins.elts]
+    kept = [(there[label].state_name, item) for label, item in zip(labels, plugins.elts, strict=True) if label in there]
+    return ast.Dict([ast.Constant(name) for name, _ in kept], [item for _, item in kept])
 
 
 def made_or_given(facts: Facts, what: str, value: ast.expr, arguments: list[ast.expr]) -> ast.expr:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from sheer.eject.fold import Known, dotted, fold, is_constant, is_pure, is_value_of_torch
 from sheer.eject.program import Program, arguments_of, drop_parameter, replace_argument, replace_parameter
-from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, reads, walk
+from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, reads, renamed, walk
 
 
 def fold_all(program: Program, known: Known) -> None:
@@ -224,6 +224,26 @@ def unused_parameters(program: Program) -> None:
                 g is not None and (parameter.arg not in g or is_pure(g[parameter.arg])) for g in given
             ):
                 drop_parameter(node, calls, parameter.arg)
+
+
+def merge_parameters(program: Program) -> None:
+    """Keep one of two parameters for which every call passes the same name."""
+    all_calls = program.all_calls()
+    for name, node in list(program.nodes.items()):
+        calls = all_calls.get(name, [])
+        if not isinstance(node, ast.FunctionDef) or name in program.roots | program.answered or not calls:
+            continue
+        assigned = assignments(node.body)
+        first: dict[str, str] = {}
+        for parameter in parameters(node):
+            passed = [(arguments_of(call, node) or {}).get(parameter.arg) for call in calls]
+            if assigned[parameter.arg] or not all(isinstance(value, ast.Name) for value in passed):
+                continue
+            key = ast.dump(ast.Tuple([value for value in passed if value is not None], ast.Load()))
+            if key in first:
+                node.body = renamed(node.body, {parameter.arg: first[key]})
+                drop_parameter(node, calls, parameter.arg)
+            first.setdefault(key, parameter.arg)
 
 
 def narrow_parameters(program: Program) -> None:

@@ -13,7 +13,7 @@ from sheer.eject.fold import Known
 from sheer.eject.inline import inline_expressions, inline_procedures
 from sheer.eject.normalise import normalise
 from sheer.eject.program import Program
-from sheer.eject.propagate import bind_parameters, fold_all, narrow_parameters, unused_parameters
+from sheer.eject.propagate import bind_parameters, fold_all, merge_parameters, narrow_parameters, unused_parameters
 from sheer.eject.records import explode
 from sheer.eject.tidy import (
     drop_constants,
@@ -78,6 +78,7 @@ def specialise(
             explode(program, record)
         trim_locals(program)
         unused_parameters(program)
+        merge_parameters(program)
         trim_classes(program, kept)
         drop_constants(program)
         use_directly(program)

@@ -102,16 +102,45 @@ def use_numbered_directly(program: Program) -> None:
                     continue
                 name = statement.targets[0].id
                 once = reads(function.body)[name] == assignments(function.body)[name] == reads([following])[name] == 1
-                if once and re.search(r"_\d+$", name) and _comes_first(following, name):
+                if isinstance(following, ast.If) and once and ast.unparse(following.test) == name:
+                    following.test = statement.value
+                    del body[index]
+                elif _is_default(statement, following):
+                    assert isinstance(following, ast.Assign)
+                    following.value = _value_of(substituted([ast.Expr(following.value)], {name: statement.value})[0])
+                    del body[index]
+                elif (
+                    once and (re.search(r"_\d+$", name) or _is_alternative(following)) and _comes_first(following, name)
+                ):
                     swap = {name: statement.value}
                     body[index : index + 2] = [with_notes(substituted([following], swap)[0], notes_of(following))]
+
+
+def _is_default(statement: ast.Assign, following: ast.stmt) -> bool:
+    """Whether a statement gives a name a constant, and the next gives it something `or` that."""
+    if not (isinstance(following, ast.Assign) and is_constant(statement.value)):
+        return False
+    same = ast.dump(statement.targets[0]) == ast.dump(following.targets[0])
+    return (
+        same and isinstance(following.value, ast.BoolOp) and reads([following])[ast.unparse(statement.targets[0])] == 1
+    )
+
+
+def _value_of(statement: ast.stmt) -> ast.expr:
+    assert isinstance(statement, ast.Expr)
+    return statement.value
+
+
+def _is_alternative(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Assign) and isinstance(statement.value, ast.BoolOp)
 
 
 def _comes_first(statement: ast.stmt, name: str) -> bool:
     """Whether a simple statement evaluates a name before it calls anything."""
     if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Expr, ast.Return)) or statement.value is None:
         return False
-    for part in _evaluated(statement.value):
+    value = statement.value
+    for part in _evaluated(value.values[0] if isinstance(value, ast.BoolOp) else value):
         if isinstance(part, ast.Name) and part.id == name:
             return True
         if isinstance(

@@ -71,10 +71,10 @@ def plain_prune(directory: Path, step: int, *, keep_last: int, keep_best: int, m
     saves = [saved for saved in found if saved.step <= step]  # a later one was found damaged, and counts for nothing
     best = ranked(saves, monitor, mode)[:keep_best]
     kept = {saved.path for saved in [*saves[-keep_last:], *best]}
-    for name, target in [("last", saves[-1]), *(("best", saved) for saved in best[:1])]:
-        (directory / f".{name}").unlink(missing_ok=True)
-        (directory / f".{name}").symlink_to(target.path.name)
-        (directory / f".{name}").rename(directory / name)
+    for link, target in [("last", saves[-1]), *(("best", saved) for saved in best[:1])]:
+        (directory / f".{link}").unlink(missing_ok=True)
+        (directory / f".{link}").symlink_to(target.path.name)
+        (directory / f".{link}").rename(directory / link)
     for saved in found:
         if saved.path not in kept:
             (saved.path / "manifest.json").unlink()
@@ -103,9 +103,9 @@ def plain_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, A
 
 def plain_check_weights(model: nn.Module, step: int) -> None:
     """Raise an error for a weight that became NaN or infinite though no loss has shown it yet."""
-    for name, parameter in model.named_parameters():
+    for weight, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
-            raise FloatingPointError(f"{name} became NaN or infinite by step {step}, which is not saved.")
+            raise FloatingPointError(f"{weight} became NaN or infinite by step {step}, which is not saved.")
 
 
 def plain_encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:

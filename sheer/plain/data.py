@@ -53,7 +53,7 @@ class PlainData:
         self.loader = loader
         self.device = device
         self.seed = torch.initial_seed()
-        self.steps_per_epoch = -(-len(loader) // accumulate)
+        self.steps_per_epoch = len(loader) if accumulate == 1 else -(-len(loader) // accumulate)
 
     def epochs(self, epoch: int, start: int, restore_random: Callable[[], None] | None) -> Iterator[tuple[Any, bool]]:
         """Yield each batch, and whether it ends its epoch; the first is batch `start` of `epoch`."""

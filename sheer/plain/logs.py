@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from sheer.events import Events, RunInfo
+from sheer.events import Events, RunInfo, named
 from sheer.metrics import Media
 from sheer.run import Run
 from sheer.signals import EXIT_STATUS
@@ -51,18 +51,16 @@ def plain_console_log(step: int, metrics: Mapping[str, float]) -> None:
 def plain_logger_states(run: Run) -> dict[str, Any]:
     """Return how long metrics.jsonl is, and the states of the loggers."""
     size = (run.info.run_dir / "metrics.jsonl").stat().st_size
-    states_by_name = {
-        type(logger).__name__: logger.state_dict() for logger in run.loggers.members if hasattr(logger, "state_dict")
-    }
-    return {"JSONL": {"run": run.info.run_id, "size": size}, **states_by_name}
+    others = {name: logger.state_dict() for name, logger in named(run.loggers.members).items()}
+    return {"JSONL": {"run": run.info.run_id, "size": size}, **others}
 
 
 def plain_load_loggers(run: Run, states: Mapping[str, Any]) -> None:
     """Cut metrics.jsonl back to where it was, and give the loggers their states."""
     os.truncate(run.info.run_dir / "metrics.jsonl", states["JSONL"]["size"])
-    for logger in run.loggers.members:
-        if hasattr(logger, "load_state_dict") and type(logger).__name__ in states:
-            logger.load_state_dict(states[type(logger).__name__])
+    for name, logger in named(run.loggers.members).items():
+        if name in states:
+            logger.load_state_dict(states[name])
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class PlainLoop:
         if self.cfg.limit_val_batches == 0:
             return {}
         numbered = takes_step_number(step_function, "eval_step")
-        evaluation = Evaluation(step_function, loader, "val", self.cfg.limit_val_batches, numbered)
+        evaluation = Evaluation(step_function, loader, "val/", self.cfg.limit_val_batches, numbered)
         self.run.progress.epoch += self.epoch_ends  # this step is counted behind it
         stop = validate(self.cfg, self.run, evaluation)
         self.run.progress.epoch -= self.epoch_ends
