@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check package format clean
+.PHONY: demo test check package snapshots format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -32,6 +32,9 @@ package: $(VENV)/.installed  ## build the wheel, install it into a clean environ
 	build/package/env/bin/python -m pip install --quiet --constraint constraints.txt torch build/package/*.whl
 	build/package/env/bin/sheer --version
 	cd build/package && env/bin/python ../../tests/packaged.py
+
+snapshots: $(VENV)/.installed  ## write the ejected scripts of the tests anew; read what changed
+	SHEER_WRITE_SNAPSHOTS=1 $(BIN)/python -m pytest -q tests/eject/test_snapshots.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

@@ -31,5 +31,5 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, state.get(field.name, getattr(self, field.name)))
+        for own in dataclasses.fields(self):
+            setattr(self, own.name, state.get(own.name, getattr(self, own.name)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Run:
     """What `fit` and one's own loop work on."""
 
     model: nn.Module
-    optimizers: dict[str, Optimizer]
+    optimizers: Mapping[str, Optimizer]
     schedulers: dict[str, Any]
     plateaus: dict[str, ReduceLROnPlateau]  # the schedulers that follow the monitored metric
     scaler: torch.amp.GradScaler | None  # only for "16-mixed"

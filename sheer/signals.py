@@ -51,4 +51,4 @@ class StopSignals:
 
 def is_signal(reason: str | None) -> bool:
     """Whether a run stopped because it was told to from outside."""
-    return reason is not None and reason.startswith("SIG")
+    return (reason or "").startswith("SIG")

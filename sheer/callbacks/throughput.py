@@ -72,7 +72,7 @@ class Throughput:
         peak_flops: float | None = None,
     ) -> None:
         self.tokens, self.flops_per_sample, self.peak_flops = tokens, flops_per_sample, peak_flops
-        self._flops = None if flops_per_sample == "count" else flops_per_sample
+        self._flops: float | None = None if flops_per_sample == "count" else flops_per_sample
         self._counter: FlopCounterMode | None = None
         self._peak = peak_flops or 0.0
         self._samples, self._step = 0, 0

@@ -177,10 +177,15 @@ def _set_in_init(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
     for method in node.body:
         if isinstance(method, ast.FunctionDef) and method.name == "__init__":
             for statement in method.body:
-                if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Attribute):
-                    yield statement.targets[0].attr, statement.value
+                if isinstance(statement, ast.Assign):
+                    pairs = zip(_parts(statement.targets[0]), _parts(statement.value), strict=False)
+                    yield from ((target.attr, value) for target, value in pairs if isinstance(target, ast.Attribute))
                 elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Attribute):
                     yield statement.target.attr, statement.value or ast.Name("unknown", ast.Load())
+
+
+def _parts(node: ast.expr) -> list[ast.expr]:
+    return node.elts if isinstance(node, ast.Tuple) else [node]
 
 
 def _defaults(program: Program, node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:

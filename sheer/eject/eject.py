@@ -133,13 +133,15 @@ def assembled(
     emit.without_aliases(program)
     emit.with_builtin_errors(program)
     emit.with_short_docstrings(program)
+    emit.with_narrow_types(program)
     names = emit.own_names(program, script.names() - rewrite.freed())
     old_names = {key: function.name for key, function in functions.items()}
     emit.rename(program, names)
-    emit.quote_own_names(program)
+    if not script.has_future_annotations():
+        emit.quote_own_names(program)
     roots = [names[name] for name in (*used.values(), *dict.fromkeys(old_names.values()))]
     nodes = emit.in_order(program, roots)
-    lifted = emit.lifted_imports(nodes)
+    lifted = emit.lifted_imports(nodes, script.names())
     constants = emit.constants_of(nodes, settings, emit.comments_of(library, constant_name), Path(facts.file).stem)
     imports = emit.imports_of(nodes, library, [name.split(" = ")[0] for name in constants], lifted)
     have = script.import_statements()

@@ -7,7 +7,7 @@ import dataclasses
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from sheer.eject.program import BUILTINS, Program, Refusal, free_names
 from sheer.eject.scope import bound_in, walk
@@ -36,6 +36,7 @@ def with_builtin_errors(program: Program) -> None:
 
 
 ALIASES = {
+    "PlainNoData": "Any",
     "PlainLoggers": "tuple[Any, ...]",
     "PlainWatched": "list[tuple[int, str, Tensor]]",
     "StepBatch": "list[tuple[Any, int]]",
@@ -54,7 +55,10 @@ class _WrittenOut(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if isinstance(node.func, ast.Name) and node.func.id in ALIASES and len(node.args) == 1:
             node.func = ast.Name("list", ast.Load())
-            return self.visit(node.args[0]) if isinstance(node.args[0], ast.List) else self.generic_visit(node)
+            given = node.args[0]
+            if isinstance(given, ast.GeneratorExp):
+                return self.generic_visit(ast.ListComp(given.elt, given.generators))
+            return self.generic_visit(ast.List(given.elts, ast.Load()) if isinstance(given, ast.Tuple) else given)
         return self.generic_visit(node)
 
     def visit_keyword(self, node: ast.keyword) -> ast.AST:
@@ -72,7 +76,6 @@ def own_names(program: Program, taken: Iterable[str]) -> dict[str, str]:
     used = set(taken) | BUILTINS | {name for function in program.functions() for name in bound_in(function)}
     for name in program.nodes:
         plain = re.sub(r"^(_?)(Plain|plain_)", r"\1", name)
-        plain = plain.lstrip("_") or plain
         new = plain if plain not in used else name if name not in used else f"sheer_{plain}".replace("sheer_", "run_")
         names[name] = new
         used.add(new)
@@ -96,6 +99,15 @@ def with_short_docstrings(program: Program) -> None:
     for node in walk(list(program.nodes.values())):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (text := ast.get_docstring(node)) is not None:
             node.body[0] = ast.Expr(ast.Constant(text.split("\n\n")[0]))
+
+
+def with_narrow_types(program: Program) -> None:
+    """Say `torch.autocast` for a context that always is one."""
+    general = ast.dump(ast.parse("AbstractContextManager[Any]", mode="eval").body)
+    if not any(isinstance(node, ast.Name) and node.id == "nullcontext" for node in walk(list(program.nodes.values()))):
+        for node in walk(list(program.nodes.values())):
+            if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation and ast.dump(node.annotation) == general:
+                node.annotation = ast.parse("torch.autocast", mode="eval").body
 
 
 def quote_own_names(program: Program) -> None:
@@ -124,14 +136,17 @@ def _place(program: Program, name: str, done: dict[str, ast.stmt], above: tuple[
     done[name] = node
 
 
-def lifted_imports(nodes: Sequence[ast.stmt]) -> list[str]:
-    """Take the imports out of functions, and return them for the head of the file."""
+def lifted_imports(nodes: Sequence[ast.stmt], taken: Set[str]) -> list[str]:
+    """Take the imports out of functions, and return them for the head of the file; those of names that are taken stay."""
     found: dict[str, None] = {}
-    for node in walk(nodes):
-        if isinstance(node, ast.FunctionDef):
-            own = [part for part in node.body if isinstance(part, (ast.Import, ast.ImportFrom))]
-            node.body = [part for part in node.body if part not in own]
-            found |= {statement: None for _, statement in imported(own)}
+    functions = [node for node in walk(nodes) if isinstance(node, ast.FunctionDef)]
+    for function in functions:
+        others = {name for other in functions if other is not function for name in bound_in(other)}
+        for part in [part for part in function.body if isinstance(part, (ast.Import, ast.ImportFrom))]:
+            names = dict(imported([part]))
+            if not names.keys() & (taken | others):
+                function.body.remove(part)
+                found |= dict.fromkeys(names.values())
     return list(found)
 
 

@@ -101,11 +101,13 @@ def prepared_loop(
         start.body = substituted(start.body, {"total_steps": ast.Constant(None)})
     if "schedulers" in facts.none:
         start.body = substituted(start.body, {"schedulers": ast.Dict([], [])})
-    loop.body = [
-        method
-        for method in loop.body
-        if not isinstance(method, ast.FunctionDef) or method.name in used | {"__init__", "apply", "backward", "finish"}
-    ]
+    methods = {method.name: method for method in loop.body if isinstance(method, ast.FunctionDef)}
+    waiting, kept = [name for name in methods if name in used | {"__init__"}], set[str]()
+    while waiting:
+        kept.add(name := waiting.pop())
+        own = {part.attr for part in walk([methods[name]]) if isinstance(part, ast.Attribute)}
+        waiting += own & methods.keys() - kept
+    loop.body = [part for part in loop.body if not isinstance(part, ast.FunctionDef) or part.name in kept]
     for method in (method for method in loop.body if isinstance(method, ast.FunctionDef)):
         if method.name == "__init__":
             method.args.args = [argument for argument in method.args.args if argument.arg != "cfg"]

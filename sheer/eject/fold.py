@@ -274,6 +274,8 @@ class _Folder(ast.NodeTransformer):
         items = elements(node.args[0]) if name == "len" and is_pure(node.args[0]) else None
         if items is not None:
             return ast.Constant(len(items))
+        if name == "dict" and len(node.args) == 1 and isinstance(node.args[0], ast.Dict) and not node.keywords:
+            return node.args[0]
         if name == "sum" and len(node.args) == 1 and isinstance(node.args[0], ast.List) and len(node.args[0].elts) == 1:
             return node.args[0].elts[0]
         if isinstance(called, ast.Attribute):
@@ -330,6 +332,8 @@ class _Folder(ast.NodeTransformer):
         items: list[ast.expr] = []
         for item in node.elts:
             inner = elements(item.value) if isinstance(item, ast.Starred) else None
+            if isinstance(item, ast.Starred) and isinstance(item.value, ast.GeneratorExp):
+                inner = [] if elements(item.value.generators[0].iter) == [] else None
             items += [item] if inner is None else inner
         return ast.List(items, node.ctx)
 

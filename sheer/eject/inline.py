@@ -28,8 +28,11 @@ def inline_expressions(program: Program) -> bool:
         ):
             continue
         calls = program.calls(name)
-        if not isinstance(body[0], (ast.Return, ast.Expr)) or body[0].value is None or not calls:
+        if not isinstance(body[0], (ast.Return, ast.Expr)) or body[0].value is None or not calls or _is_generator(node):
             continue
+        alone = {id(n.value) for f in program.functions() for n in walk(f.body) if isinstance(n, ast.Expr)}
+        if isinstance(body[0], ast.Expr) and any(id(call) not in alone for call in calls):
+            continue  # it returns nothing, and this is used
         if not (len(calls) == 1 or _is_small(body[0].value)):
             continue
         for function in program.functions():

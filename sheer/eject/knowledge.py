@@ -137,6 +137,8 @@ def knowledge_of(
         name: parsed(value) for name, value in absent_in_run(facts).items() if name.startswith(("events.", "compute."))
     }
     known |= {name: ast.Constant(None) for name in facts.none}
+    if "monitor" not in kept:
+        known |= {f"info.{name}": values[name] for name in ("monitor", "monitor_mode")}
     if facts.settings["checkpoint"] is None:
         known |= {name: ast.Constant(None) for name in ("signals.received", "self.signals.received")}
         calls |= {"leave_if_told"}
@@ -148,9 +150,11 @@ def knowledge_of(
         "data.steps_per_epoch",
         *(n for n in ("val_loader", "scheduler", "make_scheduler", "make_scheduler()") if n not in facts.none),
     }
+    if facts.kind == "start":
+        present -= {"run.data"}
     if facts.kind == "start" and "train_loader" in facts.none:
         known |= {"self.run.data": ast.Constant(None), "run.data": ast.Constant(None), "data": ast.Constant(None)}
-        present -= {"run.data", "data"}
+        present -= {"data"}
     if facts.plain_data and facts.settings["checkpoint"] is None:
         present |= {"run.data"}
     return Knowledge(
@@ -158,7 +162,7 @@ def knowledge_of(
         {name: twin for name, twin in TWINS.items() if plain_metrics or name != "Metrics"}
         | batch_twins(facts)
         | ({} if facts.has_hparams or "media" in facts.uses else {"TensorBoard": "PlainTensorBoard"})
-        | ({"TrainingData": data_twin(facts)} if facts.plain_data else {}),
+        | ({"TrainingData": data_twin(facts)} if facts.plain_data or "train_loader" in facts.none else {}),
         Needless(frozenset(calls), frozenset({"_Place"}), INPUT_ERRORS),
         settings,
     )
@@ -167,7 +171,7 @@ def knowledge_of(
 def data_twin(facts: Facts) -> str:
     """Return the class that stands for the training data."""
     if facts.kind == "start":
-        return "PlainSteps"
+        return "PlainNoData" if "train_loader" in facts.none else "PlainSteps"
     return "PlainLength" if facts.settings["checkpoint"] is None and facts.settings["resume"] is None else "PlainData"
 
 

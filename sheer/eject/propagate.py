@@ -7,6 +7,10 @@ import copy
 from collections.abc import Mapping, Set
 from dataclasses import replace
 
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
 from sheer.eject.fold import Known, dotted, fold, is_constant, is_pure, is_value_of_torch
 from sheer.eject.program import Program, arguments_of, drop_parameter, replace_argument, replace_parameter
 from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, reads, renamed, walk
@@ -46,8 +50,15 @@ def known_locals(function: ast.FunctionDef, program: Program, known: Known) -> K
             continue
         if not isinstance(target, ast.Name) or count[target.id] != 1:
             continue
+        spread = (
+            [item for key, item in zip(value.keys, value.values, strict=True) if key is None]
+            if isinstance(value, ast.Dict)
+            else []
+        )
+        containers = [target.id, *(item.id for item in spread if isinstance(item, ast.Name))]
         if _is_stable(value, count) and (
-            not isinstance(value, ast.List | ast.Dict | ast.Set) or not _is_changed(function, target.id, program)
+            not isinstance(value, ast.List | ast.Dict | ast.Set)
+            or not any(_is_changed(function, name, program) for name in containers)
         ):
             values[target.id] = value
         made = f"{dotted(value.func)}()" if isinstance(value, ast.Call) else ""
@@ -71,9 +82,8 @@ def _is_stable(value: ast.expr, count: Mapping[str, int]) -> bool:
     if isinstance(value, (ast.Tuple, ast.List)):
         return all(_is_stable(item, count) for item in value.elts)
     if isinstance(value, ast.Dict):
-        return all(key is not None and _is_stable(key, count) for key in value.keys) and all(
-            _is_stable(v, count) for v in value.values
-        )
+        keys = all(key is None or _is_stable(key, count) for key in value.keys)
+        return keys and all(_is_stable(item, count) for item in value.values)
     return False
 
 
@@ -93,6 +103,10 @@ def _is_changed(function: ast.FunctionDef, name: str, program: Program, seen: Se
             harmless |= {id(value) for value in node.values}
         elif isinstance(node, (ast.If, ast.IfExp)):
             harmless.add(id(node.test))
+        elif isinstance(node, ast.Starred):
+            harmless.add(id(node.value))
+        elif isinstance(node, ast.Dict):
+            harmless |= {id(value) for key, value in zip(node.keys, node.values, strict=True) if key is None}
         elif isinstance(node, ast.Compare):
             harmless |= {id(part) for part in node.comparators}
     uses = [n for n in walk(function.body) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
@@ -103,6 +117,9 @@ def _only_read(call: ast.Call, local: str, program: Program, seen: Set[str]) -> 
     """Return which expressions that are a local name a call uses only to read what it holds."""
     if isinstance(call.func, ast.Attribute) and call.func.attr in ("get", "values", "items", "keys"):
         return [call.func.value]
+    if isinstance(call.func, ast.Attribute) and (methods := _methods_called(call.func, program)):
+        readers = [_read_by_method(call, local, method, program, seen) for method in methods]
+        return [value for value in readers[0] if all(value in others for others in readers)]
     name = dotted(call.func) or ""
     if name in ("len", "sum", "list", "set", "tuple", "reversed", "enumerate"):
         return call.args[:1]
@@ -112,6 +129,25 @@ def _only_read(call: ast.Call, local: str, program: Program, seen: Set[str]) -> 
         return []
     own = {p: v for p, v in given.items() if isinstance(v, ast.Name) and v.id == local}
     return [v for p, v in own.items() if not _is_changed(function, p, program, seen)]
+
+
+def _methods_called(called: ast.Attribute, program: Program) -> list[ast.FunctionDef]:
+    """Return the methods of the library's classes that a call may mean; none where it may mean that of another class."""
+    if any(hasattr(kind, called.attr) for kind in (dict, list, set, str, tuple, torch.Tensor, nn.Module, Optimizer)):
+        return []
+    classes = [node for node in program.nodes.values() if isinstance(node, ast.ClassDef)]
+    return [part for node in classes for part in node.body if getattr(part, "name", "") == called.attr]  # type: ignore[misc]
+
+
+def _read_by_method(
+    call: ast.Call, local: str, method: ast.FunctionDef, program: Program, seen: Set[str]
+) -> list[ast.expr]:
+    bare = copy.copy(method)
+    bare.args = copy.copy(method.args)
+    bare.args.args = method.args.args[1:]
+    given = arguments_of(call, bare) if method.name not in seen else None
+    own = {p: v for p, v in (given or {}).items() if isinstance(v, ast.Name) and v.id == local}
+    return [v for p, v in own.items() if not _is_changed(method, p, program, seen | {method.name})]
 
 
 def never_none(annotation: ast.expr) -> bool:

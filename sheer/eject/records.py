@@ -267,7 +267,10 @@ class _Exploded(ast.NodeTransformer):
                 name = ast.Name(self.locals_of[field], ast.Store())
                 empty = isinstance(value, (ast.List, ast.Dict)) and not ast.unparse(value).strip("[]{}")
                 kind = copy.deepcopy(self.fields[field].annotation)
-                out.append(ast.AnnAssign(name, kind, value, 1) if empty else ast.Assign([name], value))
+                alias = isinstance(value, ast.Call) and isinstance(
+                    self.program.nodes.get(dotted(value.func) or ""), ast.Assign
+                )
+                out.append(ast.AnnAssign(name, kind, value, 1) if empty or alias else ast.Assign([name], value))
             elif any(isinstance(part, ast.Call) for part in walk([value])):
                 out.append(ast.Expr(value))  # it may do something
         return [ast.copy_location(statement, call) for statement in out]

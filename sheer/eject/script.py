@@ -155,6 +155,10 @@ class Script:
         self.edits.append((top, top, f"\n{head}" if is_docstring else head))
         return self.edited()
 
+    def has_future_annotations(self) -> bool:
+        """Whether the types in the script are not evaluated."""
+        return any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in self.tree.body)
+
     def names(self) -> set[str]:
         """Return all names that the script uses or binds."""
         names = {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}

@@ -106,8 +106,8 @@ def parse(text: str) -> ast.Module:
     comments: dict[int, str] = {}
     alone: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT and not token.string.startswith(("# noqa", "# type:", "# fmt:")):
-            comments[token.start[0]] = token.string.split("  # noqa")[0].split("# type: ignore")[0].rstrip()
+        if token.type == tokenize.COMMENT and not token.string.startswith(("# noqa", "# fmt:")):
+            comments[token.start[0]] = token.string.split("  # noqa")[0].rstrip()
             if not token.line[: token.start[1]].strip():
                 alone.add(token.start[0])
     for statement in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):

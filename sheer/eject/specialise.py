@@ -86,6 +86,7 @@ def specialise(
     make_flags(program)
     pass_directly(program)
     use_numbered_directly(program)
+    use_numbered_directly(program)
     merge_zeros(program)
     tidy_names(program)
     pass_by_the_same_name(program)

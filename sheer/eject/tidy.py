@@ -109,6 +109,8 @@ def use_numbered_directly(program: Program) -> None:
                     assert isinstance(following, ast.Assign)
                     following.value = _value_of(substituted([ast.Expr(following.value)], {name: statement.value})[0])
                     del body[index]
+                elif once and isinstance(following, ast.Return) and ast.unparse(following.value or statement) == name:
+                    body[index : index + 2] = [with_notes(ast.Return(statement.value), notes_of(statement))]
                 elif (
                     once and (re.search(r"_\d+$", name) or _is_alternative(following)) and _comes_first(following, name)
                 ):

@@ -50,7 +50,7 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
 
         # SummaryWriter.add_hparams would put them into a run of their own, beside this one.
-        monitored = {info.monitor: 0.0} if info.monitor is not None else {}
+        monitored: dict[str, float] = {info.monitor: 0.0} if info.monitor is not None else {}
         files: Any = writer.file_writer
         for summary in hparams(flattened(info.hparams), monitored):
             files.add_summary(summary)

@@ -84,6 +84,9 @@ class PlainData:
         self.seed = state["source"]["seed"]
 
 
+PlainNoData = Any  # of a loop without a loader
+
+
 class PlainSteps:
     """The batches of step after step, each with its size, for a loop that counts the steps itself."""
 

@@ -56,6 +56,14 @@ def inlined(text: str, most: int = 20):
             "def main(x):\n    return f(x) or f(1)\ndef f(a):\n    return a > 1",
             "def main(x):\n    return x > 1 or 1 > 1",
         ),
+        (  # a single statement may stand in several places, but not for a value
+            "def main(x):\n    f(x)\n    f(1)\ndef f(a):\n    print(a)",
+            "def main(x):\n    print(x)\n    print(1)",
+        ),
+        (
+            "def main(x):\n    f(x)\n    return f(1)\ndef f(a):\n    print(a)",
+            "def main(x):\n    f(x)\n    return f(1)\ndef f(a):\n    print(a)",
+        ),
         (  # two calls of what does something stay
             "def main(x):\n    f(x)\n    f(x)\ndef f(a):\n    print(a)\n    print(a)",
             "def main(x):\n    f(x)\n    f(x)\ndef f(a):\n    print(a)\n    print(a)",

@@ -36,7 +36,8 @@ def test_comments_leave_with_their_statement():
 
 
 def test_marks_for_linters_are_no_comments():
-    assert unparse(parse("import a  # noqa: F401\nb = 1  # type: ignore[x]\n").body) == "import a\nb = 1\n"
+    text = "import a  # noqa: F401\nb = 1  # type: ignore[x]\n"
+    assert unparse(parse(text).body) == "import a\nb = 1  # type: ignore[x]\n"  # a strict checker needs it
 
 
 def test_definitions_know_the_imports_of_their_module():

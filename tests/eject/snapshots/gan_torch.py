@@ -1,0 +1,841 @@
+"""A GAN that learns a ring of eight points: two networks, two optimizers, one step counts once. About fifteen seconds."""
+
+# From `gan.py`, by `sheer eject` 0.1.0 (Apache License 2.0); it is yours, to change as you like.
+# Settings: max_steps=2000, log_every_n_steps=500, checkpoint=Checkpoint(), run_dir='runs/gan', resume='auto'.
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import numpy as np
+import os
+import random
+import secrets
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import PackedSequence
+from torch.optim import Optimizer
+from typing import Any
+
+MAX_STEPS = 2000  # stop after this many steps, counted from the start of the run
+LOG_EVERY_N_STEPS = 500  # steps between two log points; the only points where the host waits for the device
+RUN_DIR = "runs/gan"  # the folder of the run; None: one named by the time, in runs/<script>
+KEEP_LAST = 2  # how many of the newest checkpoints stay; with one, a damaged one has none before it
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a step is computed, and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None  # what floating inputs are converted to, where the model was
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint, as its manifest tells."""
+
+    path: Path
+    step: int
+    metrics: Mapping[str, float]
+    manifest: Mapping[str, Any]
+
+
+def committed(directory: Path) -> list[Saved]:
+    """Return the checkpoints in a folder, oldest first."""
+    manifests = [(path.parent, json.loads(path.read_text())) for path in sorted(directory.glob("step-*/manifest.json"))]
+    return [Saved(path, manifest["step"], manifest["metrics"], manifest) for path, manifest in manifests]
+
+
+def newest_good(directory: Path) -> Path | None:
+    """Return the newest checkpoint whose files are as they were written."""
+    for saved in reversed(committed(directory)):
+        hashes = {name: file["sha256"] for name, file in saved.manifest["files"].items()}
+        if hashes == {name: hashlib.sha256((saved.path / name).read_bytes()).hexdigest() for name in hashes}:
+            return saved.path
+    return None
+
+
+def held_by(optimizer: Optimizer, model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model that an optimizer updates, in the model's order."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [parameter for parameter in model.parameters() if id(parameter) in held]
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What a callback or logger is told at the start of a run."""
+
+    run_id: str
+    run_dir: Path
+    device: torch.device
+    start_step: int  # the steps that were done before: 0, or where the run goes on
+    steps_per_epoch: int | None
+
+
+def _rebuilt(value: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+    """Return a mapping of the same class with other values; a plain dict where the class cannot be built from one."""
+    try:
+        return type(value)(moved)  # type: ignore[call-arg]
+    except TypeError:
+        return moved
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Return `value` with all tensors in it on `device`, and the floating ones as `dtype` if one is given."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, PackedSequence):  # a named tuple that must not be taken apart
+        orders = [
+            None if order is None else order.to(device) for order in (value.sorted_indices, value.unsorted_indices)
+        ]
+        return PackedSequence(value.data.to(device, None), value.batch_sizes, *orders)
+    if hasattr(value, "to") and (not isinstance(value, type)):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        moved = {key: move(item, device) for key, item in value.items()}
+        return moved if type(value) is dict else _rebuilt(value, moved)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(move(item, device) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(move(item, device) for item in value)
+    if dataclasses.is_dataclass(value) and (not isinstance(value, type)):
+        fields = {f.name: move(getattr(value, f.name), device) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+class Data:
+    """The batches of epoch after epoch, from any position on; the order of an epoch depends on the seed and its number alone."""
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        self.loader = loader
+        self.device = device
+        self.seed = torch.initial_seed()
+        self.steps_per_epoch = len(loader)
+
+    def epochs(self, epoch: int, start: int, restore_random: Callable[[], None] | None) -> Iterator[tuple[Any, bool]]:
+        """Yield each batch, and whether it ends its epoch; the first is batch `start` of `epoch`."""
+        order = self.loader.sampler.generator = torch.Generator()
+        try:
+            for number in itertools.count(epoch):
+                order.manual_seed(int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0]))
+                if restore_random is not None and start == 0:  # making an iterator draws a number
+                    restore_random()
+                for index, batch in enumerate(self.loader, 1):
+                    if index > start:
+                        yield move(batch, self.device), index == len(self.loader)
+                    elif restore_random is not None and index == start:
+                        restore_random()
+                start = 0
+                restore_random = None
+        finally:
+            self.loader.sampler.generator = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order depends on."""
+        size = self.loader.batch_size
+        batches = len(self.loader)
+        samples = min(len(self.loader.dataset), batches * size)
+        source = {"seed": self.seed, "samples": samples, "batch_size": size, "shuffle": True, "generators": []}
+        return {"kind": "GlobalOrderSource", "batches": batches, "source": source, "random": None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the seed of the run that goes on."""
+        self.seed = state["source"]["seed"]
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands. A step counts once it has begun; all others count what is done."""
+
+    step: int = 0  # steps, from the start of the run
+    epoch: int = 0  # whole epochs
+    batch: int = 0  # batches of the loader in the epoch that is running
+    seconds: float = 0.0  # time spent between the start and the last save, earlier sessions counted in
+    stopped_by: str | None = None  # why the run ended; None: it has not
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation, or log point
+    validated_at: int = -1  # the step of that validation
+    saved_at: int = -1  # the step whose checkpoint holds all of the run as it is now; -1: something came since
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it."""
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        for own in dataclasses.fields(self):
+            setattr(self, own.name, state.get(own.name, getattr(self, own.name)))
+
+
+def _tensors(value: Any) -> Iterator[Tensor | PackedSequence]:
+    """Yield the tensors in a batch, in order."""
+    if isinstance(value, (Tensor, PackedSequence)):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value) and (not isinstance(value, type)):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def count_samples(batch: Any) -> int:
+    """Count the samples of a batch: the leading dimension of the first tensor in it, 1 where there is none."""
+    first = next(_tensors(batch), None)
+    if isinstance(first, PackedSequence):
+        return int(first.batch_sizes[0])
+    return first.shape[0] if first is not None and first.dim() > 0 else 1
+
+
+def grouped(batches: Iterator[tuple[Any, bool]]) -> Iterator[tuple[list[tuple[Any, int]], bool]]:
+    """Yield so many batches at a time, each with its size; the last of an epoch are what is left."""
+    group: list[tuple[Any, int]] = []
+    for batch, at_end in batches:
+        group.append((batch, count_samples(batch)))
+        if len(group) == 1 or at_end:
+            yield group, at_end
+            group = []
+
+
+class Steps:
+    """The batches of step after step, each with its size, for a loop that counts the steps itself."""
+
+    def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
+        self.data = Data(loader, device)
+        self.steps_per_epoch = self.data.steps_per_epoch
+        self.at_end = False
+
+    def steps(self, progress: Progress, restore_random: Callable[[], None] | None) -> Iterator[list[tuple[Any, int]]]:
+        """Yield the batches of step after step, from `progress` on."""
+        batches = self.data.epochs(progress.epoch, progress.batch, restore_random)
+        for group, at_end in grouped(batches):
+            self.at_end = at_end
+            yield group
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order depends on."""
+        return self.data.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the seed of the run that goes on."""
+        self.data.load_state_dict(state)
+
+
+def rows_state(rows: list[tuple[Any, int]]) -> dict[str, Any]:
+    """Return values and their weights as a checkpoint holds them."""
+    totals = [float(value) for value, _ in rows]
+    counts = [float(samples) for _, samples in rows]
+    columns = [torch.tensor(totals, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)]
+    return {"weighted": True, "folded": [columns]}
+
+
+def plain_rows(saved: dict[str, Any]) -> list[tuple[Any, int]]:
+    """Return the values that a checkpoint holds."""
+    pairs = [pair for columns in saved["folded"] for pair in zip(*(column.tolist() for column in columns), strict=True)]
+    return [(value, int(samples)) for value, samples in pairs]
+
+
+class Metrics:
+    """Weighted means of what steps return. Adding does not wait for the device; reading does."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[tuple[Any, int]]] = {}
+
+    def add(self, output: Any, samples: int, prefix: str = "") -> None:
+        """Add what a step returned for a batch of `samples`."""
+        for name, value in output.items() if isinstance(output, Mapping) else [("loss", output)]:
+            kept = value.detach().clone() if isinstance(value, Tensor) else value
+            self.rows.setdefault(prefix + name, []).append((kept, samples))
+
+    def read(self) -> dict[str, float]:
+        """Return the means, and start anew."""
+        rows, self.rows = self.rows, {}
+        return {
+            name: sum(float(value) * samples for value, samples in values) / sum(samples for _, samples in values)
+            for name, values in rows.items()
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was added since the last reading."""
+        return {name: rows_state(rows) for name, rows in self.rows.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.rows = {name: plain_rows(saved) for name, saved in state.items()}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What `fit` and one's own loop work on."""
+
+    model: nn.Module
+    optimizers: Mapping[str, Optimizer]
+    compute: Compute
+    parameters: dict[Optimizer, list[nn.Parameter]]  # what each optimizer updates, in the model's order
+    info: RunInfo
+    scheduled_steps: int | None  # the steps that a function was asked to make a scheduler for
+    data: Steps | None = None
+    progress: Progress = field(default_factory=Progress)
+    metrics: Metrics = field(default_factory=Metrics)
+    watch: list[tuple[int, str, Tensor]] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+
+class StopSignals:
+    """While entered, Ctrl-C and SIGTERM are remembered in `received`; the second leaves at once."""
+
+    received: str | None = None
+
+    def __enter__(self) -> StopSignals:
+        self.before = {n: signal.signal(n, self.take) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def take(self, number: int, frame: object) -> None:
+        """Note a signal."""
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put all generators of this process back into a state that `random_state` returned."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(keys), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["accelerator"] is not None and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state_all(state["accelerator"])
+
+
+def open_data(train: Steps, state: dict[str, Any] | None) -> Callable[[], None] | None:
+    """Bring the data to where it was saved. Returns what puts the random states back where the data says; None in a new run."""
+    if state is None:
+        return None
+    if state["data"] is not None:
+        train.load_state_dict(state["data"])
+    return functools.partial(set_random_state, state["random"])
+
+
+def count_batches(run: Run, batch: list[tuple[Any, int]] | None, epoch_ended: bool) -> None:
+    """Count what a step was trained on."""
+    run.progress.batch += len(batch or ())
+    if epoch_ended:
+        run.progress.epoch += 1
+        run.progress.batch = 0
+
+
+def check(watched: list[tuple[int, str, Tensor]]) -> None:
+    """Raise an error that names the first value since the last check that was NaN or infinite."""
+    for at, what, scalar in watched:
+        if not scalar.isfinite():
+            raise FloatingPointError(f"The {what} became NaN or infinite at step {at}.")
+    watched.clear()
+
+
+def report(run: Run, metrics: dict[str, float]) -> None:
+    """Hand metrics to the loggers and the console."""
+    record = {"epoch": run.progress.epoch, **metrics}
+    with (run.info.run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": run.progress.step, "time": round(time.time(), 3), **record}) + "\n")
+    print(
+        f"step {run.progress.step:,} · " + " · ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
+        flush=True,
+    )
+    run.progress.saved_at = -1
+
+
+def log_training(run: Run) -> None:
+    """Read what the steps since the last log point returned, and hand it to the loggers. The host waits for the device here."""
+    check(run.watch)
+    logged = {f"train/{name}": value for name, value in run.metrics.read().items()}
+    if run.progress.validated_at < 0:
+        run.progress.metrics = logged
+    report(run, logged)
+
+
+def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """Return a value as JSON; the tensors in it go into `tensors`, named by their path."""
+    match value:
+        case Tensor() | np.ndarray():
+            tensors[path] = torch.as_tensor(value).detach()
+            return {"$tensor": path}
+        case dict():
+            items = {key: encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
+            return (
+                items if all(isinstance(key, str) for key in items) else {"$dict": [[*pair] for pair in items.items()]}
+            )
+        case list():
+            return [encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
+        case tuple():
+            return {"$tuple": encode(list(value), tensors, path)}
+        case float() if not math.isfinite(value):
+            return {"$float": repr(value)}
+    return value
+
+
+def names_of(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """Return the names of an optimizer's parameters, in its own order; those outside the model are numbered."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [known.get(id(parameter), f"#{index}") for index, parameter in enumerate(parameters)]
+
+
+def optimizer_state(o: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return the state of each parameter, and the groups, both by name."""
+    names = names_of(o, model)
+    state = o.state_dict()
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of all generators of this process, now or at a snapshot."""
+    accelerator = torch.get_device_module().get_rng_state_all() if torch.accelerator.is_available() else None
+    python = random.getstate()
+    numpy = np.random.get_state(legacy=True)
+    default = torch.get_rng_state()
+    return {"python": python, "numpy": numpy, "torch": default, "accelerator": accelerator}
+
+
+def logger_states(run: Run) -> dict[str, Any]:
+    """Return how long metrics.jsonl is, and the states of the loggers."""
+    size = (run.info.run_dir / "metrics.jsonl").stat().st_size
+    return {"JSONL": {"run": run.info.run_id, "size": size}}
+
+
+def write_checkpoint(
+    directory: Path, step: int, trained: Any, tensors: Any, state: Any, texts: Any, facts: Mapping[str, Any]
+) -> Path:
+    """Write a checkpoint; it counts once its manifest, which has the size and hash of every file, is renamed into place."""
+    path = directory / f"step-{step:08d}"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    save_file({key: value.cpu().clone().contiguous() for key, value in {**trained}.items()}, path / "model.safetensors")
+    save_file({key: value.cpu().clone().contiguous() for key, value in tensors.items()}, path / "state.safetensors")
+    (path / "state.json").write_text(json.dumps(state))
+    (path / "extra.json").write_text(json.dumps(texts))
+    files = {}
+    for file in sorted(path.iterdir()):
+        with file.open("rb+") as stream:
+            os.fsync(stream.fileno())
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            files[file.name] = {"size": file.stat().st_size, "sha256": digest}
+    with (path / "manifest.tmp").open("w") as out:
+        json.dump({"format": 1, "step": step, "torch": torch.__version__, **facts, "files": files}, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    (path / "manifest.tmp").rename(path / "manifest.json")
+    return path
+
+
+def save_checkpoint(run: Run) -> Path:
+    """Write a checkpoint of the run as it is at the end of a step, and prune those that it makes superfluous."""
+    check(run.watch)
+    for weight, parameter in run.model.named_parameters():
+        if parameter.requires_grad and (not parameter.isfinite().all()):
+            raise FloatingPointError(
+                f"{weight} became NaN or infinite by step {run.progress.step}, which is not saved."
+            )
+    tensors: dict[str, Tensor] = {}
+    state = encode(
+        {
+            "progress": {**run.progress.state_dict(), "seconds": run.progress.seconds + time.monotonic() - run.began},
+            "scheduled_steps": run.scheduled_steps,
+            "optimizers": {name: optimizer_state(o, run.model) for name, o in run.optimizers.items()},
+            "schedulers": {},
+            "scheduler_classes": {},
+            "scaler": None,
+            "metrics": run.metrics.state_dict(),
+            "random": random_state(),
+            "data": run.data.state_dict() if run.data is not None else None,
+            "callbacks": {},
+            "loggers": logger_states(run),
+        },
+        tensors,
+    )
+    trained = {name: value for name, value in run.model.state_dict().items() if isinstance(value, Tensor)}
+    extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
+    texts = encode(extra, tensors, "extra")
+    measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
+    facts = {"run_id": run.info.run_id, "metrics": encode(measured, {}), "settings": {}}
+    path = write_checkpoint(run.info.run_dir / "checkpoints", run.progress.step, trained, tensors, state, texts, facts)
+    step = run.progress.step
+    directory = run.info.run_dir / "checkpoints"
+    found = committed(directory)
+    saves = [saved for saved in found if saved.step <= step]  # a later one was found damaged, and counts for nothing
+    kept = {saved.path for saved in [*saves[-KEEP_LAST:]]}
+    (directory / ".last").unlink(missing_ok=True)
+    (directory / ".last").symlink_to(saves[-1].path.name)
+    (directory / ".last").rename(directory / "last")
+    for saved in found:
+        if saved.path not in kept:
+            (saved.path / "manifest.json").unlink()
+            shutil.rmtree(saved.path)
+    return path
+
+
+def save_and_tell(run: Run) -> None:
+    """Save, and tell the callbacks."""
+    save_checkpoint(run)
+    run.progress.saved_at = run.progress.step
+
+
+def own_steps(run: Run, signals: StopSignals, state: dict[str, Any] | None, loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield the batches of one's own loop, on the device, and do after each what is due; without a loader, the step's number."""
+    train = Steps(loader, run.compute.device)
+    if run.progress.stopped_by is not None:
+        return
+    run.data = train
+    restore_random = open_data(train, state)
+
+    with signals:
+        stream: Iterator[Any] = train.steps(run.progress, restore_random)
+        for batch in stream:
+            run.progress.step += 1
+            given = batch[0][0]
+            try:
+                yield given
+            except GeneratorExit:
+                count_batches(run, batch, train.at_end)
+                raise
+            epoch_ended = train.at_end
+            told = run.progress.stopped_by
+            count_batches(run, batch, epoch_ended)
+            stop = "max_steps" if run.progress.step >= MAX_STEPS else None
+            if told is not None and stop is None:
+                stop = told
+
+            if stop is not None or run.progress.step % LOG_EVERY_N_STEPS == 0:
+                log_training(run)
+
+            if signals.received is not None and stop is None:
+                stop = signals.received
+            if stop is not None:
+                run.progress.stopped_by = stop
+                break
+        save_and_tell(run)
+
+
+def evaluate(model: nn.Module, step_function: Any, loader: Any, compute: Compute) -> dict[str, float]:
+    """Return the weighted means of what the step returns, over all batches."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    metrics = Metrics()
+    for batch in loader:
+        samples = count_samples(batch)
+        batch = move(batch, compute.device)
+        with torch.no_grad():
+            output = step_function(model, batch)
+        metrics.add(output, samples)
+    means = {"val/" + name: value for name, value in metrics.read().items()}
+    for module in training:
+        module.training = True
+    return means
+
+
+EXIT_STATUS = 85  # of a process that saved and left because it was told to
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    step: int  # steps that were made, earlier sessions counted in
+    epoch: int  # whole epochs
+    metrics: dict[str, float]  # of the last validation; of the last log point where nothing was validated
+    stopped_by: str  # "max_steps", "max_epochs", "max_time", a signal, or what a callback said
+    run_dir: Path
+
+
+class Loop:
+    """A run whose loop is the script's own: it counts, logs, saves, stops and resumes."""
+
+    def __init__(self, run: Run, state: dict[str, Any] | None) -> None:
+        self.run = run
+        self.state = state
+        self.signals = StopSignals()
+        self.finished = False
+
+    @property
+    def step(self) -> int:
+        """The number of the step that is running; the first is 1."""
+        return self.run.progress.step
+
+    @property
+    def epoch(self) -> int:
+        """How many whole epochs are done."""
+        return self.run.progress.epoch
+
+    @property
+    def epoch_ends(self) -> bool:
+        """Whether the step that is running is the last of its epoch."""
+        return self.run.data is not None and self.run.data.at_end
+
+    @property
+    def optimizers(self) -> Mapping[str, Optimizer]:
+        """The optimizers by their names."""
+        return self.run.optimizers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model and the batches are."""
+        return self.run.compute.device
+
+    def steps(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Yield a batch on the device for each step, and after it do what is due; without a loader, the step's number."""
+        yield from own_steps(self.run, self.signals, self.state, loader)
+        if self.signals.received is not None:
+            self.finish()
+
+    def update(self, optimizer: Optimizer, step_function: Any, batch: Any) -> Any:
+        """Train on a batch: forward, backward, clip, update, clear; returns what the step returned."""
+        optimizer.zero_grad()
+        output = self.backward(step_function, batch, optimizer)
+        self.apply(optimizer)
+        return output
+
+    def backward(self, step_function: Any, batch: Any, optimizer: Optimizer | None = None) -> Any:
+        """Add the gradients of a step's loss to what the parameters hold; returns what the step returned."""
+        parts = [(batch, count_samples(batch))]
+        name = next((name for name, own in self.run.optimizers.items() if own is optimizer), None)
+        prefix = f"{name}/" if name is not None and len(self.run.optimizers) > 1 else ""
+        run = self.run
+        total = parts[0][1] if len(parts) == 1 else sum([samples for _, samples in parts])
+        for part, samples in parts:
+            output = step_function(run.model, part)
+            loss = output if isinstance(output, Tensor) else output["loss"]
+            if len(parts) > 1 and samples != total:
+                loss = loss * (samples / total)
+            loss.backward()
+            run.watch.append((run.progress.step, "loss", loss.detach().clone()))
+            run.metrics.add(output, samples, prefix)
+        return output
+
+    def apply(self, optimizer: Optimizer) -> None:
+        """Clip the gradients of an optimizer's parameters, update them, clear the gradients, and move its scheduler."""
+
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def evaluate(self, step_function: Any, loader: Any) -> dict[str, float]:
+        """Validate: run the step over all batches, log `val/<name>`, and let the best checkpoint be kept."""
+        self.run.progress.epoch += self.epoch_ends  # this step is counted behind it
+        run = self.run
+        measured = evaluate(run.model, step_function, loader, run.compute)
+        run.progress.metrics = measured
+        run.progress.validated_at = run.progress.step
+        report(run, measured)
+        self.run.progress.epoch -= self.epoch_ends
+        return dict(self.run.progress.metrics)
+
+    def finish(self) -> Result:
+        """End the run: log what is left, save, close the loggers."""
+        progress = self.run.progress
+        if progress.step > self.run.info.start_step and (not self.finished):
+            self.finished = True
+            progress.stopped_by = progress.stopped_by or "break"
+            if self.run.metrics and (not (progress.stopped_by or "").startswith("SIG")):
+                log_training(self.run)
+            run = self.run
+            saved = progress.saved_at == progress.step
+            if not saved:
+                save_and_tell(run)
+        if self.signals.received is not None:
+            raise SystemExit(EXIT_STATUS)
+        return Result(
+            step=self.run.progress.step,
+            epoch=self.run.progress.epoch,
+            metrics=self.run.progress.metrics,
+            stopped_by=self.run.progress.stopped_by or "",
+            run_dir=self.run.info.run_dir,
+        )
+
+
+def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """Read one safetensors file of a checkpoint; empty where the checkpoint has none of that name."""
+
+    file = checkpoint / f"{name}.safetensors"
+    return load_file(file) if file.exists() else {}
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return what `encode` was given."""
+    match value:
+        case list():
+            return [decode(item, tensors) for item in value]
+        case {"$tensor": name}:
+            return tensors[name]
+        case {"$tuple": parts}:
+            return tuple(decode(parts, tensors))
+        case {"$dict": pairs}:
+            return dict(decode(pairs, tensors))
+        case {"$float": text}:
+            return float(text)
+        case dict():
+            return {key: decode(item, tensors) for key, item in value.items()}
+    return value
+
+
+DURATIONS = "max_steps", "max_epochs", "max_time"
+
+
+def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
+    """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers, for `open_data`."""
+    tensors, weights, trained = (read_tensors(checkpoint, name) for name in ("state", "model", "training"))
+    state: dict[str, Any] = decode(json.loads((checkpoint / "state.json").read_text()), tensors)
+    extra = decode(
+        json.loads((checkpoint / "extra.json").read_text()), tensors
+    )  # what a model's `get_extra_state` adds
+    run.model.load_state_dict({**(trained or weights), **extra})
+    run.progress.load_state_dict(state["progress"])
+    for name, optimizer in run.optimizers.items():  # after the schedulers, which may touch the groups
+        model = run.model
+        saved = state["optimizers"][name]
+        names = names_of(optimizer, model)
+        index_of = {key: index for index, key in enumerate(names)}
+        own_groups = optimizer.state_dict()["param_groups"]
+        groups = [{**group, "params": own["params"]} for own, group in zip(own_groups, saved["groups"], strict=True)]
+        values = {index_of[key]: value for key, value in saved["state"].items()}
+        optimizer.load_state_dict({"state": values, "param_groups": groups})
+    run.metrics.load_state_dict(state["metrics"])
+    os.truncate(run.info.run_dir / "metrics.jsonl", state["loggers"]["JSONL"]["size"])
+    if (run.progress.stopped_by or "").startswith("SIG") or run.progress.stopped_by in DURATIONS:
+        run.progress.stopped_by = (
+            "max_steps" if run.progress.step >= MAX_STEPS else None
+        )  # it may be longer now, or that of another run
+    return {"data": state["data"], "random": state["random"]}
+
+
+def start_loop(model: nn.Module, optimizers: Mapping[str, Any]) -> Loop:
+    """Start a run without a loop."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    compute = Compute(device, None)
+    model.to(compute.device)
+    run_dir = Path(RUN_DIR)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    directory = run_dir / "checkpoints"
+    checkpoint = newest_good(directory)
+    if checkpoint is None and committed(directory):
+        raise RuntimeError(
+            f"No checkpoint in {directory} can be used; see the warnings. To start anew, give another run_dir."
+        )
+    manifest = json.loads((checkpoint / "manifest.json").read_text()) if checkpoint is not None else None
+    run_id = manifest["run_id"] if manifest is not None else secrets.token_hex(4)
+    parameters = {
+        optimizer: list(model.parameters()) if len(optimizers) == 1 else held_by(optimizer, model)
+        for optimizer in optimizers.values()
+    }
+    run = Run(
+        model=model,
+        optimizers=optimizers,
+        compute=compute,
+        parameters=parameters,
+        info=RunInfo(
+            run_id=run_id,
+            run_dir=run_dir,
+            device=compute.device,
+            start_step=manifest["step"] if manifest is not None else 0,
+            steps_per_epoch=None,
+        ),
+        scheduled_steps=None,
+        data=None,
+    )
+    return Loop(run, restore(run, checkpoint) if checkpoint is not None else None)
+
+
+NOISE, WIDTH = 8, 128
+
+
+class GAN(nn.Module):
+    """Both networks are one module: all of it is moved, saved and resumed together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(
+            nn.Linear(NOISE, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2)
+        )
+        self.critic = nn.Sequential(
+            nn.Linear(2, WIDTH), nn.LeakyReLU(0.2), nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(0.2), nn.Linear(WIDTH, 1)
+        )
+
+    def generate(self, count: int) -> Tensor:
+        """Make points, [count, 2]."""
+        return self.generator(torch.randn(count, NOISE, device=next(self.parameters()).device))
+
+
+def critic_step(gan: GAN, batch: tuple[Tensor]) -> dict[str, Tensor]:
+    real = batch[0].requires_grad_()
+    judged = gan.critic(real)
+    fake = gan.generate(len(real)).detach()
+    (slope,) = torch.autograd.grad(judged.sum(), real, create_graph=True)
+    penalty = slope.square().sum(1).mean()  # R1: Mescheder, Geiger and Nowozin, 2018
+    loss = F.softplus(-judged).mean() + F.softplus(gan.critic(fake)).mean() + 0.05 * penalty
+    return {"loss": loss, "penalty": penalty}
+
+
+def generator_step(gan: GAN, batch: tuple[Tensor]) -> Tensor:
+    return F.softplus(-gan.critic(gan.generate(len(batch[0])))).mean()
+
+
+def ring(count: int) -> tuple[Tensor, Tensor]:
+    """Return the eight centres [8, 2] and `count` points [count, 2] around them."""
+    angles = torch.arange(8) * (2 * math.pi / 8)
+    centres = 2 * torch.stack([angles.cos(), angles.sin()], dim=1)
+    return centres, centres[torch.randint(8, (count,))] + 0.05 * torch.randn(count, 2)
+
+
+def modes_step(gan: GAN, batch: tuple[Tensor]) -> dict[str, Tensor]:
+    """How many of the eight points are hit, and how far the made points are from the nearest one."""
+    centres = batch[0]
+    nearest = torch.cdist(gan.generate(1000), centres).min(dim=1)
+    hit = torch.bincount(nearest.indices[nearest.values < 0.3], minlength=8) >= 20
+    return {"modes": hit.sum(), "distance": nearest.values.mean()}
+
+
+def main() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    centres, points = ring(8192)
+    gan = GAN()
+    critic = torch.optim.Adam(gan.critic.parameters(), lr=1e-3, betas=(0.0, 0.9))
+    generator = torch.optim.Adam(gan.generator.parameters(), lr=1e-3, betas=(0.0, 0.9))
+
+    run = start_loop(gan, {"critic": critic, "generator": generator})
+    for batch in run.steps(DataLoader(TensorDataset(points), batch_size=256, shuffle=True)):
+        run.update(critic, critic_step, batch)
+        run.update(generator, generator_step, batch)
+        if run.step % 500 == 0:
+            run.evaluate(modes_step, [(centres,)])
+    result = run.finish()
+    print(f"after {result.step} steps {result.metrics['val/modes']:.0f} of 8 points are hit")
+
+
+if __name__ == "__main__":
+    main()
