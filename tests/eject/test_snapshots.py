@@ -46,7 +46,8 @@ def test_they_do_what_their_originals_do(name: str, tmp_path: Path, monkeypatch:
     assert found.updates > 100 and found.logged > 4
 
 
-def test_the_readme_shows_one_of_them() -> None:
-    readme = (ROOT / "README.md").read_text()
-    shown = readme.split("<!-- the loop of tests/eject/snapshots/digits_torch.py -->\n```python\n")[1].split("```")[0]
-    assert shown.strip() in (HERE / "snapshots" / "digits_torch.py").read_text()
+def test_the_readme_shows_one_of_them_beside_its_original() -> None:
+    readme = (ROOT / "README.md").read_text().split("## Take the loop with you")[1]
+    written, made = (block.split("```")[0].strip() for block in readme.split("```py\n")[1:3])
+    assert written in SOURCES["digits"].read_text() and "trainer.fit(" in written
+    assert made in (HERE / "snapshots" / "digits_torch.py").read_text() and made.startswith("def fit(")
