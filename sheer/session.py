@@ -94,7 +94,17 @@ class Session:
             )
         if "backward through the graph a second time" in str(error):
             lines.append("the step function calls backward itself, most likely: it is to return the loss, and no more")
+        script = script_that_runs()
+        if script is not None:
+            lines.append(f"`sheer show {script}` prints the loop")
         return "; ".join(lines) + "."
+
+
+def script_that_runs() -> str | None:
+    """Return the file that Python was started with; None at a prompt, in a notebook, or where a module was started by its name."""
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    return sys.argv[0] if file is not None and file.endswith(".py") and main.__spec__ is None else None
 
 
 def leave_if_told(run: Run, signals: StopSignals) -> None:

@@ -6,6 +6,8 @@ import argparse
 import json
 import multiprocessing
 import signal
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -353,6 +355,19 @@ def test_a_second_signal_leaves_at_once_and_handlers_are_put_back() -> None:
         fit(step=impatient, max_steps=5, checkpoint=True, run_dir="run")
     assert signal.getsignal(signal.SIGINT) is before
     assert not list(Path("run/checkpoints").glob("step-*"))
+
+
+def test_an_error_in_a_script_points_to_the_loop_that_runs(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sheer, torch\n"
+        "model = torch.nn.Linear(2, 1)\n"
+        "def step(model, batch):\n    raise ValueError('mine')\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "sheer.Trainer(max_steps=2).fit(model, step, [torch.ones(4, 2)], optimizer=optimizer)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert f"its batch: float32 [4, 2]; `sheer show {script}` prints the loop." in done.stderr
 
 
 def test_an_error_says_in_which_step_and_on_which_batch_it_happened() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterator, Set
+from collections import Counter
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sheer.eject.fold import Known, dotted, fold, is_constant, is_pure
+from sheer.eject.inline import without_docstring
 from sheer.eject.program import Program, arguments_of, drop_parameter
 from sheer.eject.records import fields_of, holders_of
 from sheer.eject.scope import assignments, default_of, parameters, reads, walk
@@ -34,6 +36,25 @@ def bind_methods(program: Program, known: Known, kept: Set[str] = frozenset()) -
                 _bind(method, calls, known)
                 _without_unread(method, calls)
                 method.args.args.insert(0, own)
+
+
+def drop_idle_methods(program: Program, kept: Set[str]) -> None:
+    """Leave out calls of methods that have nothing left to do."""
+    for node in [node for node in program.nodes.values() if isinstance(node, ast.ClassDef)]:
+        for method in [part for part in node.body if isinstance(part, ast.FunctionDef) and not part.decorator_list]:
+            rest = [part for part in without_docstring(method.body) if not isinstance(part, ast.Pass)]
+            calls = _calls(program, node, method) if not rest and method.name not in kept else None
+            gone = {id(call) for call in calls or []}
+            for function in program.functions() if gone else ():
+                function.body = [s for s in map(_Without(gone).visit, function.body) if s is not None] or [ast.Pass()]
+
+
+class _Without(ast.NodeTransformer):
+    def __init__(self, gone: Set[int]) -> None:
+        self.gone = gone
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt | None:
+        return ast.Pass() if id(node.value) in self.gone else node
 
 
 def _without_unread(method: ast.FunctionDef, calls: list[ast.Call]) -> None:
@@ -80,7 +101,10 @@ def _calls(program: Program, node: ast.ClassDef, method: ast.FunctionDef) -> lis
     names = _names_of_holders(program, node.name)
     for function in program.functions():
         uses = [n for n in walk(function.body) if isinstance(n, ast.Attribute) and n.attr == method.name]
-        own = [n for n in uses if _is_of(program, function, n.value, node.name)]
+        inside = function in node.body
+        own = [
+            n for n in uses if _is_of(program, function, n.value, node.name) or (inside and dotted(n.value) == "self")
+        ]
         called = [n for n in walk(function.body) if isinstance(n, ast.Call) and any(n.func is use for use in own)]
         if len(called) != len(own) or (len(own) != len(uses) and not others):
             return None
@@ -153,16 +177,17 @@ class _Uncleared(ast.NodeTransformer):
 
 def fold_attributes(program: Program, known: Known, kept: Set[str] = frozenset()) -> None:
     """Put attributes that are given one constant, and never another, where they are read; `kept` are those that the script reads."""
-    stored = [
+    stored = Counter(
         n.attr for n in walk(program.nodes.values()) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)
-    ]
+    )
+    given = Counter((name, ast.dump(value)) for name, value in _given(walk(program.nodes.values())))
     for node in list(program.nodes.values()):
         if not isinstance(node, ast.ClassDef) or _sets_by_name(node):
             continue
         candidates = [*_set_in_init(node), *_defaults(program, node)] if node.body else []
         for name, value in candidates:
             constant = isinstance(value, ast.Constant) or (isinstance(value, ast.Name) and value.id in known.constants)
-            if constant and name not in kept and stored.count(name) <= (name not in fields_of(node)):
+            if constant and name not in kept and stored[name] == given[name, ast.dump(value)]:
                 for function in program.functions():
                     for holder in holders_of(program, function, node.name) + ["self"] * (function in node.body):
                         function.body = fold(function.body, Known({f"{holder}.{name}": value})) or [ast.Pass()]
@@ -176,12 +201,17 @@ def _set_in_init(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
     """Yield what a constructor always gives to attributes."""
     for method in node.body:
         if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-            for statement in method.body:
-                if isinstance(statement, ast.Assign):
-                    pairs = zip(_parts(statement.targets[0]), _parts(statement.value), strict=False)
-                    yield from ((target.attr, value) for target, value in pairs if isinstance(target, ast.Attribute))
-                elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Attribute):
-                    yield statement.target.attr, statement.value or ast.Name("unknown", ast.Load())
+            yield from _given(method.body)
+
+
+def _given(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, ast.expr]]:
+    """Yield what is assigned to attributes, by their names."""
+    for statement in nodes:
+        if isinstance(statement, ast.Assign):
+            pairs = [pair for t in statement.targets for pair in zip(_parts(t), _parts(statement.value), strict=False)]
+            yield from ((target.attr, value) for target, value in pairs if isinstance(target, ast.Attribute))
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Attribute):
+            yield statement.target.attr, statement.value or ast.Name("unknown", ast.Load())
 
 
 def _parts(node: ast.expr) -> list[ast.expr]:

@@ -39,7 +39,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from typing import Any
 
@@ -128,8 +127,6 @@ class Throughput:
 
     def __init__(self, *, tokens: int | str | Callable[[Any], int | Tensor] | None = None) -> None:
         self.tokens = tokens
-        self._flops: float | None = None
-        self._counter: FlopCounterMode | None = None
         self._samples, self._step = 0, 0
         self._counts: list[int | Tensor] = []
         self._since: float | None = None
@@ -151,7 +148,6 @@ class Throughput:
 
     def on_evaluation_start(self, model: nn.Module) -> None:
         """Stop the clock."""
-        self._stop_counting()
         self._paused = time.perf_counter()
 
     def on_evaluation_end(self, model: nn.Module) -> None:
@@ -160,7 +156,6 @@ class Throughput:
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float] | None:
         """Return the speed since the last log point."""
-        self._stop_counting()
         now = time.perf_counter()
         taken = step - self._step
         if self._since is None or taken == 0:
@@ -171,15 +166,12 @@ class Throughput:
             logged["samples_per_second"] = self._samples / passed
         if self._counts:
             logged["tokens_per_second"] = float(sum(self._counts)) / passed
-        if self._flops is not None and self._samples:
-            logged["mfu"] = self._flops * self._samples / passed / 0.0
         self._since, self._step, self._samples, self._left_out = now, step, 0, 0.0
         self._counts.clear()
         return {f"throughput/{name}": value for name, value in logged.items()}
 
     def on_step_end(self, step: int, model: nn.Module) -> None:
         """Note when a save may begin."""
-        self._stop_counting()
         self._step_ended = time.perf_counter()
 
     def on_save(self, step: int, path: Path) -> None:
@@ -188,20 +180,13 @@ class Throughput:
 
     def on_exception(self, error: BaseException) -> None:
         """Leave no mode of torch behind."""
-        self._stop_counting()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the FLOPs that were counted."""
-        return {"flops_per_sample": self._flops}
+        return {"flops_per_sample": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-
-    def _stop_counting(self) -> None:
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self._flops = self._counter.get_total_flops() / self._samples
-            self._counter = None
 
 
 class TensorBoard:
