@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check package snapshots format clean
+.PHONY: demo test soak check package snapshots format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -16,8 +16,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## train a small GPT on Python's own source, about two minutes
 	$(BIN)/python examples/gpt.py || test $$? -eq 85
 
-test: $(VENV)/.installed  ## all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## all tests, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+soak: $(VENV)/.installed  ## 2,000 kills at random; each line names the seed that does the same again
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --kills 2000
 
 check: $(VENV)/.installed  ## format, lint, strict types, the code in the docs
 	$(BIN)/ruff format --check .

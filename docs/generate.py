@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import io
+import runpy
+import sys
 import tokenize
 import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from sheer.settings import Checkpoint, Settings, describe_type
+from sheer.settings import Checkpoint, Parallel, Settings, describe_type
 
 BEGIN, END = "<!-- generated from sheer/settings.py -->", "<!-- end -->"
+BEGIN_WAYS = "<!-- generated from tests/distributed/features.py -->"
 
 
 def comments(settings: type) -> dict[str, str]:
@@ -39,7 +42,7 @@ def table(settings: type) -> str:
 def filled(text: str) -> str:
     """Return the text of settings.md with its tables made anew."""
     parts = text.split(BEGIN)
-    tables = [table(Settings), table(Checkpoint)]
+    tables = [table(Settings), table(Checkpoint), table(Parallel)]
     made = [
         f"{BEGIN}\n{made_table}\n{END}{part.split(END, 1)[1]}"
         for made_table, part in zip(tables, parts[1:], strict=True)
@@ -47,6 +50,29 @@ def filled(text: str) -> str:
     return parts[0] + "".join(made)
 
 
+def table_of_ways() -> str:
+    """Return a Markdown table of what the tests try under which way of dividing a run over ranks."""
+    from tests.distributed.features import FEATURES, TRIED, WAYS, refusal
+
+    lines = [f"| | {' | '.join(WAYS)} |", f"| --- |{' --- |' * len(WAYS)}"]
+    for feature in FEATURES:
+        cells = [
+            "" if (way, feature) not in TRIED else "refused" if refusal(way, feature) is not None else "yes"
+            for way in WAYS
+        ]
+        lines.append(f"| {feature} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_ways(text: str) -> str:
+    """Return the text of parallel.md with its table made anew."""
+    before, rest = text.split(BEGIN_WAYS)
+    return f"{before}{BEGIN_WAYS}\n{table_of_ways()}\n{END}{rest.split(END, 1)[1]}"
+
+
 if __name__ == "__main__":
-    path = Path(__file__).with_name("settings.md")
-    path.write_text(filled(path.read_text()))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    for name, made_anew in (("settings.md", filled), ("parallel.md", with_ways)):
+        path = Path(__file__).with_name(name)
+        path.write_text(made_anew(path.read_text()))
+    runpy.run_path(str(Path(__file__).parent / "tasks" / "count.py"), run_name="__main__")

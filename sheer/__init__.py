@@ -14,6 +14,7 @@ from sheer.callbacks.swa import SWA
 from sheer.callbacks.throughput import Throughput
 from sheer.callbacks.timer import Timer
 from sheer.console import Console
+from sheer.distributed.world import rank_zero_first
 from sheer.errors import (
     DataError,
     MissingPackageError,
@@ -27,6 +28,8 @@ from sheer.errors import (
 )
 from sheer.events import RunInfo
 from sheer.find_lr import LRFinding, find_lr
+from sheer.language.attention import document_block_mask, document_mask, document_offsets
+from sheer.language.linear_loss import linear_cross_entropy
 from sheer.loggers.base import Logger
 from sheer.loggers.csv import CSV
 from sheer.loggers.jsonl import JSONL
@@ -38,7 +41,7 @@ from sheer.own_loop import Loop
 from sheer.random import seed_everything
 from sheer.run import Result
 from sheer.schedules import Schedule, warmup_cosine, warmup_linear, warmup_stable_decay
-from sheer.settings import Checkpoint, Settings
+from sheer.settings import Checkpoint, Parallel, Settings
 from sheer.trainer import Trainer
 from sheer.version import __version__
 from sheer.weights import load_weights
@@ -68,6 +71,7 @@ __all__ = [
     "ModelSummary",
     "NonFiniteError",
     "On",
+    "Parallel",
     "Profiler",
     "Result",
     "RunError",
@@ -86,9 +90,14 @@ __all__ = [
     "WandB",
     "__version__",
     "data",
+    "document_block_mask",
+    "document_mask",
+    "document_offsets",
     "find_lr",
+    "linear_cross_entropy",
     "load_weights",
     "mean",
+    "rank_zero_first",
     "seed_everything",
     "warmup_cosine",
     "warmup_linear",

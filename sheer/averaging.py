@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sheer.distributed.tensors import divided_like
+
 
 class AveragedWeights:
     """Averages of all parameters that the optimizers hold, updated by a function of torch.optim.swa_utils on lists of tensors.
@@ -23,7 +25,7 @@ class AveragedWeights:
         self._parameters: list[nn.Parameter] = []
         self._index_of: dict[str, int] = {}  # tied parameters have several names
         self._narrow = False
-        self._loaded: dict[str, Tensor] | None = None
+        self._loaded: Mapping[str, Tensor] | None = None
         self._held: list[Tensor] = []
         self._depth = 0
 
@@ -47,8 +49,8 @@ class AveragedWeights:
         if loaded is not None:
             name_of = {index: name for name, index in self._index_of.items()}
             for index, parameter in enumerate(self._parameters):
-                value = loaded[name_of[index]].to(parameter.device, averaged_dtype(parameter), copy=True)
-                self.values.append(value)
+                value = loaded[name_of[index]].to(averaged_dtype(parameter))
+                self.values.append(divided_like(value, parameter).to(parameter.device, copy=True))
 
     def average(self, combine: Callable[[Any, Any, Any], None], count: int) -> None:
         """Average the parameters as they are now into the values: `combine(values, parameters, count)`."""
@@ -62,7 +64,7 @@ class AveragedWeights:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take values by name, for the model that `bind` or the first evaluation will name."""
-        self._loaded = dict(weights)
+        self._loaded = weights
         self._model = None
 
     def swap_in(self, model: nn.Module) -> bool:

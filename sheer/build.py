@@ -11,12 +11,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sheer.distributed.world import own_device
 from sheer.errors import ModelError, SettingsError, StepError
 from sheer.evaluation import Compute
+from sheer.initialise import materialise
 from sheer.settings import Precision
 
 TRUE_DTYPES: dict[Precision, torch.dtype] = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
-MIXED_DTYPES: dict[Precision, torch.dtype] = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+MIXED_DTYPES: dict[Precision, torch.dtype] = {
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "float8-mixed": torch.bfloat16,  # around the layers that compute in float8
+}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -26,9 +32,9 @@ def resolve_device(name: str) -> torch.device:
         SettingsError: there is no such device on this machine.
     """
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return own_device(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     check_device(name)
-    return torch.device(name)
+    return own_device(torch.device(name))
 
 
 def check_device(name: str) -> None:
@@ -55,7 +61,8 @@ def autocast_of(precision: Precision, device: torch.device) -> AbstractContextMa
 
 
 def place_model(model: nn.Module, compute: Compute) -> None:
-    """Move a model to the device, and to the precision, that its steps are computed in; in place."""
+    """Move a model to the device, and to the precision, that its steps are computed in; in place. One on the meta device is initialised."""
+    materialise(model, compute.device)
     model.to(compute.device)
     if compute.dtype is not None:
         model.to(compute.dtype)

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from sheer.checkpoint.codec import encode
 from sheer.data.source import generators_of
+from sheer.distributed.steps import evaluator_of
 from sheer.errors import ModelError, SettingsError, SheerWarning
 from sheer.evaluation import Evaluation, evaluate, named_loaders
 from sheer.events import Follows
@@ -25,7 +26,7 @@ from sheer.metrics import Computed, contents, put_back
 from sheer.plugins import Plugins
 from sheer.random import set_states_of, states_of
 from sheer.run import Run
-from sheer.saving import state_of
+from sheer.saving import refuse_divided, state_of
 from sheer.settings import Settings
 
 HIGHER_IS_BETTER = frozenset(
@@ -88,7 +89,9 @@ def refuse_unfollowed(cfg: Settings, validation: Evaluation | None, scheduler: A
 
 def check_can_be_saved(run: Run) -> None:
     """Raise an error for a callback, optimizer or scheduler whose state cannot be saved: now, not at the first save."""
-    encode(state_of(run), {})
+    tensors: dict[str, Tensor] = {}
+    encode(state_of(run), tensors)
+    refuse_divided(tensors)
 
 
 def check_length_of_schedules(cfg: Settings, run: Run) -> None:
@@ -128,13 +131,20 @@ def try_validation(cfg: Settings, run: Run, validation: Evaluation) -> None:
     generators = [generator for loader in loaders for generator in generators_of(loader)]
     positions = [(loader, copy.deepcopy(loader.state_dict())) for loader in loaders if has_position(loader)]
     buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
-    counts = contents(
-        module for module in run.model.modules() if isinstance(module, Computed) and hasattr(module, "update")
-    )
+    counts = contents(metrics_in(run.model))
     states = states_of(generators)
     trial = dataclasses.replace(validation, loaders=copied(validation.loaders), limit=1)
     try:
-        metrics = evaluate(run.model, trial, run.compute, run.events, run.progress.step, {})
+        metrics = evaluate(
+            run.model,
+            trial,
+            run.compute,
+            run.events,
+            run.progress.step,
+            {},
+            run.ranks,
+            evaluator_of(run.stepper, run.ranks),
+        )
     except Exception as error:
         error.add_note("This was the trial of the validation: one batch of each loader, before the first step.")
         raise
@@ -146,6 +156,11 @@ def try_validation(cfg: Settings, run: Run, validation: Evaluation) -> None:
         for name, buffer in run.model.named_buffers():
             buffer.copy_(buffers[name])
     check_monitor(cfg, run, metrics)
+
+
+def metrics_in(model: nn.Module) -> list[Any]:
+    """Return the metric objects inside a model."""
+    return [module for module in model.modules() if isinstance(module, Computed) and hasattr(module, "update")]
 
 
 def copied(loaders: Any) -> Any:

@@ -135,6 +135,11 @@ class Console:
             self._live = None
 
 
+def silent_console() -> Console:
+    """Return a console that shows nothing: that of all ranks but the first."""
+    return Console(live=False, file=Path(os.devnull).open("w"))
+
+
 def short_number(value: float) -> str:
     """Write a number short: four significant digits, thousands set off."""
     if value != value or value in (float("inf"), float("-inf")):

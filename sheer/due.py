@@ -16,7 +16,15 @@ def duration_over(cfg: Settings, run: Run) -> str | None:
     if cfg.max_steps is not None and run.progress.step >= cfg.max_steps:
         return "max_steps"
     if cfg.max_time is not None and run.seconds >= cfg.max_time:
-        return "max_time"
+        return asked_for(run, "max_time")
+    return None
+
+
+def asked_for(run: Run, reason: str | None) -> str | None:
+    """Return why one rank wants to stop; of several it only asks the others, and all stop some steps later."""
+    if run.agreement is None or reason is None:
+        return reason
+    run.agreement.request(reason)
     return None
 
 

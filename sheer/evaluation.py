@@ -13,11 +13,16 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from sheer.data.batch import count_samples, describe, move
-from sheer.data.feed import limited
+from sheer.data.order import limited
+from sheer.data.shares import counted_or_not, dealt, in_step_with_others
 from sheer.data.source import sized
+from sheer.distributed.buffers import same_buffers
+from sheer.distributed.mesh import Ranks
+from sheer.distributed.steps import evaluate_on_ranks, let_go
 from sheer.errors import DataError
 from sheer.events import Events
-from sheer.metrics import Media, Metrics
+from sheer.metrics import Media, Metrics, contents
+from sheer.signals import StopSignals, ToldToLeave
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,32 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, evaluation: Evaluation, compute: Compute, events: Events, step: int, media: dict[str, Media]
+    model: nn.Module,
+    evaluation: Evaluation,
+    compute: Compute,
+    events: Events,
+    step: int,
+    media: dict[str, Media],
+    ranks: Ranks | None = None,
+    stepper: nn.Module | None = None,
+    told: StopSignals | None = None,
 ) -> dict[str, float]:
-    """Return the weighted means of what the step returns, over all batches."""
+    """Return the weighted means of what the step returns, over all batches.
+
+    On several ranks each batch is computed on one of them. A signal that `told` has received ends it with `ToldToLeave`.
+    """
     with eval_mode(model, events):
+        if ranks is not None:
+            same_buffers(model, ranks)
         # Several loaders give names such as val/<loader>/<name>; pictures and texts go into `media`.
         means = [
-            evaluate_loader(model, evaluation, compute, loader, evaluation.prefix + loader_name, step, media)
+            evaluate_loader(
+                model, evaluation, compute, loader, evaluation.prefix + loader_name, step, media, ranks, stepper, told
+            )
             for loader_name, loader in named_loaders(evaluation.loaders)
         ]
+        if stepper is not None:
+            let_go(stepper)
     return {name: value for part in means for name, value in part.items()}
 
 
@@ -67,26 +89,55 @@ def evaluate_loader(
     prefix: str,
     step: int,
     media: dict[str, Media],
+    ranks: Ranks | None,
+    stepper: nn.Module | None,
+    told: StopSignals | None,
 ) -> dict[str, float]:
     """Run the evaluation's step over the batches of one loader; its metrics are called `<prefix><name>`."""
     metrics = Metrics()
     where = _Place(prefix)
     with (
         where,
-        closing(counted_batches(loader, evaluation.limit)) as batches,
+        closing(batches_of(loader, evaluation.limit, ranks, stepper)) as batches,
     ):  # on an error too, so that workers end now
         for batch, samples in batches:
             where.batch = batch
+            if told is not None and told.received is not None:
+                raise ToldToLeave
             batch = compute.prepared(batch)
+            held = contents(metrics.objects()) if ranks is not None and samples == 0 else []
             with torch.no_grad(), compute.autocast:
-                output = (
-                    evaluation.step_function(model, batch, step)
-                    if evaluation.numbered
-                    else evaluation.step_function(model, batch)
-                )
-            metrics.add(output, samples)
+                if stepper is not None and ranks is not None:
+                    output = evaluate_on_ranks(
+                        stepper, ranks, model, evaluation.step_function, evaluation.numbered, batch, step
+                    )
+                elif evaluation.numbered:
+                    output = evaluation.step_function(model, batch, step)
+                else:
+                    output = evaluation.step_function(model, batch)
+            if is_counted(ranks, samples, output):
+                metrics.add(output, samples)
+            elif samples == 0:  # run for the other ranks' sake
+                metrics.take_back(output, held)
     media.update({prefix + name: value for name, value in metrics.take_media().items()})
-    return {prefix + name: value for name, value in metrics.read().items()}
+    return {prefix + name: value for name, value in metrics.read(ranks).items()}
+
+
+def is_counted(ranks: Ranks | None, samples: int, output: Any) -> bool:
+    """Whether this rank measures what a step of an evaluation returned; another may have the last stage of the model."""
+    return ranks is None or (samples > 0 and output is not None)
+
+
+def batches_of(
+    loader: Iterable[Any], limit: int | float | None, ranks: Ranks | None, stepper: nn.Module | None
+) -> Generator[tuple[Any, int], None, None]:
+    """Return the batches of a loader, each with its samples; on several ranks this one's, and as many as the others have where they communicate."""
+    if ranks is None:
+        return counted_batches(loader, limit)
+    own = dealt(loader, limit, ranks)
+    if own is None:
+        return in_step_with_others(counted_batches(loader, limit), ranks)
+    return counted_or_not(own, communicates=stepper is not None)
 
 
 class _Place:
@@ -112,17 +163,25 @@ def predict(
     compute: Compute,
     events: Events,
     limit: int | float | None,
+    ranks: Ranks | None = None,
+    stepper: nn.Module | None = None,
 ) -> Iterator[Any]:
-    """Yield what the step returns for each batch, as it comes; nothing is piled up."""
+    """Yield what the step returns for each batch, as it comes; nothing is piled up. On several ranks each yields its own batches'."""
     with eval_mode(model, events):
-        for batch, _ in counted_batches(loader, limit):
+        for batch, samples in batches_of(loader, limit, ranks, stepper):
             batch = compute.prepared(batch)
             with (
                 torch.no_grad(),
                 compute.autocast,
             ):  # left before the caller goes on, whose gradients are its own affair
-                output = step(model, batch)
-            yield output
+                if stepper is not None and ranks is not None:
+                    output = evaluate_on_ranks(stepper, ranks, model, step, False, batch, 0)
+                else:
+                    output = step(model, batch)
+            if ranks is None or (samples > 0 and ranks.place("pp") == ranks.last_place):
+                yield output
+        if stepper is not None:
+            let_go(stepper)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sheer.distributed.mesh import Ranks
 from sheer.errors import SettingsError
 
 
@@ -31,6 +32,7 @@ class RunInfo:
     monitor_mode: str
     hparams: Mapping[str, Any]
     settings: Mapping[str, Any]
+    ranks: Ranks | None = None  # those that train together, with their mesh; None: this process does alone
 
 
 class OnFitStart(Protocol):

@@ -95,7 +95,7 @@ def find_lr(
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     silent: Any = Console(live=False, file=io.StringIO())
     try:
-        fit(swept, Plugins([sweep], [silent]), model, step, loader, None, step, optimizer, None, False)
+        fit(swept, Plugins([sweep], [silent]), model, step, loader, None, step, optimizer, None, None, False)
     finally:
         if sweep.run_dir is not None:
             shutil.rmtree(sweep.run_dir, ignore_errors=True)  # it is gone where the first step failed

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from sheer.distributed.agree import summed
+from sheer.distributed.mesh import Ranks
 from sheer.errors import StepError
 
 Number = Tensor | float | int
@@ -88,6 +90,15 @@ class _Sum:
         self.totals.clear()
         self.counts.clear()
 
+    def drop_last(self) -> None:
+        """Forget the value that was added last."""
+        if self.totals:
+            self.totals.pop()
+            self.counts.pop()
+        else:
+            totals, counts = self.folded[-1]
+            self.folded[-1] = totals[:-1], counts[:-1]
+
 
 class Metrics:
     """What steps returned since the last reading. Adding touches no value; `read` transfers all of them at once."""
@@ -95,7 +106,9 @@ class Metrics:
     def __init__(self) -> None:
         self._sums: dict[str, _Sum] = {}
         self._computed: dict[str, Computed] = {}
+        self._held: list[Computed] = []  # objects that a checkpoint has filled, and no step has returned since
         self._media: dict[str, Media] = {}
+        self.in_step: list[_Sum] = []  # what the step that runs has added a value to, in order; the loop empties it
 
     def add(self, output: Any, samples: int, prefix: str = "") -> None:
         """Add what a step returned for a micro-batch of `samples`: a loss, or a mapping of names to values.
@@ -113,6 +126,7 @@ class Metrics:
                 kept = value.detach()
                 entry.totals.append(kept if kept.untyped_storage().nbytes() <= SMALL else kept.clone())
                 entry.counts.append(samples)
+                self.in_step.append(entry)
                 if len(entry.totals) == _MOST_KEPT:
                     entry.fold()
             else:
@@ -141,19 +155,36 @@ class Metrics:
             )
         entry.totals.append(_scalar(name, total))
         entry.counts.append(_scalar(name, count))
+        self.in_step.append(entry)
         if len(entry.totals) >= _MOST_KEPT:
             entry.fold()
 
-    def read(self) -> dict[str, float]:
-        """Return the weighted means of all that was added, and forget it. The one place where the host waits for the device."""
-        means = {
-            name: sum(totals) / (sum(counts) or math.nan) for name, (totals, counts) in self._read_columns().items()
-        }
+    def forget_step(self) -> None:
+        """Take back the values that the step that runs has added; what its metric objects saw stays."""
+        for entry in reversed(self.in_step):
+            entry.drop_last()
+        self.in_step.clear()
+
+    def add_column(self, name: str, totals: Tensor, counts: Tensor | list[int]) -> None:
+        """Add the values of one metric of many steps at once: means with the samples that they are over, or totals with their counts."""
+        weighted = isinstance(counts, list)
+        entry = self._sums.setdefault(name, _Sum(weighted))
+        if entry.totals:
+            entry.fold()
+        entry.folded.append((totals, torch.tensor(counts, dtype=torch.float64) if isinstance(counts, list) else counts))
+
+    def read(self, ranks: Ranks | None = None) -> dict[str, float]:
+        """Return the weighted means of all that was added, by all ranks, and forget it. The one place where the host waits for the device."""
+        sums = {name: (sum(totals), sum(counts)) for name, (totals, counts) in self._read_columns().items()}
+        if ranks is not None:
+            sums = summed(ranks, sums)
+        means = {name: total / (count or math.nan) for name, (total, count) in sums.items()}
         for name, metric in self._computed.items():
             means.update(_computed_values(name, metric.compute()))
             metric.reset()
         self._sums.clear()
         self._computed.clear()
+        self._held.clear()
         return means
 
     def values(self, name: str) -> list[float]:
@@ -167,10 +198,28 @@ class Metrics:
 
     def set_aside(self) -> list[tuple[Any, dict[str, Any]]]:
         """Empty the metric objects and return what was in them: an evaluation may use the same ones."""
-        kept = contents(self._computed.values())
-        for metric in self._computed.values():
+        kept = contents(self.objects())
+        for metric in self.objects():
             metric.reset()
         return kept
+
+    def hold(self, metrics: Iterable[Computed]) -> None:
+        """Learn of metric objects that hold values of training already, in a run that goes on."""
+        self._held = list(metrics)
+
+    def objects(self) -> list[Computed]:
+        """Return the metric objects that steps returned, or a checkpoint has filled."""
+        return [*self._computed.values(), *self._held]
+
+    def take_back(self, output: Any, held: list[tuple[Any, dict[str, Any]]], prefix: str = "") -> None:
+        """Undo what a step that does not count did to its metric objects, `held` before; new ones are empty, and kept to be computed."""
+        put_back(held)
+        known = {id(metric) for metric, _ in held}
+        for name, value in output.items() if isinstance(output, Mapping) else ():
+            if isinstance(value, Computed) and not isinstance(value, Tensor):
+                if id(value) not in known:
+                    value.reset()
+                self._computed[prefix + name] = value
 
     def __bool__(self) -> bool:
         return bool(self._sums or self._computed)
@@ -215,6 +264,16 @@ class Metrics:
         for name, saved in state.items():
             entry = self._sums[name] = _Sum(saved["weighted"])
             entry.folded = [(total, count) for total, count in saved["folded"]]
+
+
+def put_together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the state of metrics that hold all of what several do."""
+    out: dict[str, Any] = {}
+    for state in states:
+        for name, saved in state.items():
+            own = out.setdefault(name, {"weighted": saved["weighted"], "folded": []})
+            own["folded"] = [*own["folded"], *saved["folded"]]
+    return out
 
 
 def contents(metrics: Iterable[Any]) -> list[tuple[Any, dict[str, Any]]]:

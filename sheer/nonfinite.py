@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sheer.distributed.agree import gathered
+from sheer.distributed.mesh import Ranks
 from sheer.errors import NonFiniteError
 from sheer.metrics import SMALL
 
@@ -18,6 +20,7 @@ class Watch:
         self._values: list[Tensor] = []
         self._seen: list[tuple[int, str]] = []
         self._folded: list[Tensor] = []
+        self._skips: list[tuple[list[int], Tensor]] = []
 
     def add(self, step: int, what: str, value: Tensor) -> None:
         """Keep a scalar to be tested."""
@@ -32,8 +35,27 @@ class Watch:
         self._folded.append(torch.isfinite(torch.stack(scalars)))
         self._values.clear()
 
-    def check(self) -> None:
-        """Wait for the device and test what was added since the last check.
+    def add_column(self, seen: list[tuple[int, str]], values: Tensor) -> None:
+        """Keep the values of many steps at once, each with its step and what it is."""
+        if self._values:
+            self._fold()
+        self._seen += seen
+        self._folded.append(torch.isfinite(values))
+
+    def add_skips(self, steps: list[int], flags: Tensor) -> None:
+        """Keep whether the device has left out the updates of some steps, to be counted."""
+        self._skips.append((steps, flags))
+
+    def take_skips(self) -> list[int]:
+        """Wait for the device and return the steps whose update it has left out, since this was last asked."""
+        flags = torch.cat([flags for _, flags in self._skips]).tolist() if self._skips else []
+        steps = [step for steps, _ in self._skips for step in steps]
+        skipped = [step for step, flag in zip(steps, flags, strict=True) if flag]
+        self._skips.clear()
+        return skipped
+
+    def check(self, ranks: Ranks | None = None) -> None:
+        """Wait for the device and test what was added since the last check, by any rank.
 
         Raises:
             NonFiniteError: a value is NaN or infinite; it names the first step at which one was.
@@ -44,8 +66,11 @@ class Watch:
         seen = list(self._seen)
         self._folded.clear()
         self._seen.clear()
-        if not all(finite):
-            step, what = seen[finite.index(False)]
+        found = None if all(finite) else seen[finite.index(False)]
+        if ranks is not None:
+            found = min((other for other in gathered(found) if other is not None), default=None)
+        if found is not None:
+            step, what = found
             raise NonFiniteError(
                 f"The {what} became NaN or infinite at step {step}. Nothing was saved since then. Usual causes: a learning rate that is too "
                 "high (try gradient_clip_val=1.0 or a warm-up), a log or a division of 0, 16-bit overflow (try bf16-mixed), or a bad "

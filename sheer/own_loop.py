@@ -17,19 +17,23 @@ from torch.optim import Optimizer
 
 from sheer.announce import announce_data
 from sheer.build import make_compute, resolve_device, takes_step_number
-from sheer.data.batch import StepBatch, count_samples
+from sheer.data.batch import StepBatch
+from sheer.data.shares import alone_or_counted
+from sheer.distributed.mesh import form_ranks
+from sheer.distributed.wrap import Parallelize
 from sheer.errors import RunError, SettingsError, SheerWarning
 from sheer.evaluation import Evaluation
 from sheer.loop import begin, begin_step, count_batches, end_step, finish, log_training, save_and_tell, validate
 from sheer.loss import Step
 from sheer.plugins import Plugins
+from sheer.random import set_random_state
 from sheer.resume import open_data
 from sheer.run import Result, Run, result_of
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings, unknown_name
 from sheer.signals import StopSignals, is_signal
 from sheer.start import count_steps, evaluation_of, start_run, training_data
-from sheer.step import apply, backward, scale_gradients
+from sheer.step import apply, backward_of, scale_gradients
 
 
 def start_loop(
@@ -39,11 +43,13 @@ def start_loop(
     optimizers: Mapping[str, Any],
     schedulers: Mapping[str, Any],
     total_steps: int | None,
+    parallelize: Parallelize = None,
 ) -> tuple[Run, dict[str, Any] | None]:
     """Start a run without a loop; returns also the state that it goes on from."""
     check_loop(cfg, optimizers, schedulers)
     compute = make_compute(cfg.precision, resolve_device(cfg.device))
-    return start_run(cfg, plugins, compute, model, optimizers, schedulers, None, total_steps)
+    ranks = form_ranks(cfg.parallel, compute.device, plugins.mesh)
+    return start_run(cfg, plugins, compute, ranks, model, parallelize, optimizers, schedulers, None, total_steps)
 
 
 def check_loop(cfg: Settings, optimizers: Mapping[str, Any], schedulers: Mapping[str, Any]) -> None:
@@ -59,6 +65,14 @@ def check_loop(cfg: Settings, optimizers: Mapping[str, Any], schedulers: Mapping
     for name in schedulers:
         if name not in optimizers:
             raise unknown_name(name, optimizers, "optimizers, which schedulers refers to,")
+    if cfg.cuda_graph:
+        warnings.warn(
+            "cuda_graph=True captures the steps of fit; those of a loop of your own are made without.",
+            SheerWarning,
+            stacklevel=4,
+        )
+    if cfg.autotune:
+        warnings.warn("autotune=True tunes fit; a loop of your own is trained as it is.", SheerWarning, stacklevel=4)
     if cfg.validate_every_n_steps is not None or cfg.validate_first:
         warnings.warn(
             "validate_every_n_steps and validate_first do nothing in a loop of your own: call run.evaluate(step, loader) where you want it.",
@@ -76,9 +90,11 @@ def own_steps(
     resume_by_skipping: bool,
 ) -> Iterator[Any]:
     """Yield the batches of one's own loop, on the device, and do after each what is due; without a loader, the step's number."""
-    train = training_data(cfg, run.compute, loader, resume_by_skipping) if loader is not None else None
+    train = training_data(cfg, run.compute, run.ranks, loader, resume_by_skipping) if loader is not None else None
     progress = run.progress
     if progress.stopped_by is not None:
+        if state is not None:
+            set_random_state(state["random"])  # for what the script does next
         return
     run.data, run.total_steps = train, count_steps(cfg, train)
     restore_random = open_data(train, state)
@@ -106,7 +122,7 @@ def own_steps(
         finally:
             run.in_steps = False
         if cfg.checkpoint is not None:  # now: what the script does before it calls `finish` may take long, or fail
-            save_and_tell(cfg, run)
+            save_and_tell(cfg, run, wait=True)
 
 
 def is_last_step(cfg: Settings, run: Run, epoch_ends: bool) -> bool:
@@ -116,16 +132,14 @@ def is_last_step(cfg: Settings, run: Run, epoch_ends: bool) -> bool:
     return steps_over or epochs_over or (cfg.max_time is not None and run.seconds >= cfg.max_time)
 
 
-def backward_alone(
-    cfg: Settings, run: Run, step: Step, numbered: bool, parts: list[tuple[Any, int]], prefix: str
-) -> Any:
+def backward_alone(cfg: Settings, run: Run, step: Step, numbered: bool, parts: StepBatch, prefix: str) -> Any:
     """Add the gradients of one loss to what the parameters hold already: only they are divided by the counts of its parts."""
-    if cfg.accumulate_grad_batches == 1 and cfg.micro_batch_size is None:
-        return backward(cfg, run, step, numbered, parts, prefix)
+    if cfg.accumulate_grad_batches == 1 and cfg.micro_batch_size is None and run.ranks is None:
+        return backward_of(run)(cfg, run, step, numbered, parts, prefix)
     held = [(parameter, parameter.grad) for parameter in run.model.parameters() if parameter.grad is not None]
     for parameter, _ in held:
         parameter.grad = None
-    output = backward(cfg, run, step, numbered, parts, prefix)
+    output = backward_of(run)(cfg, run, step, numbered, parts, prefix)
     for parameter, gradient in held:
         parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
     return output
@@ -256,7 +270,7 @@ class Loop:
         """
         state, self._state = self._state, None
         yield from own_steps(self._cfg, self._run, self._signals, state, loader, resume_by_skipping)
-        if self._signals.received is not None:
+        if self._signals.received is not None or is_signal(self._run.progress.stopped_by):
             self.finish()
 
     def update(self, optimizer: Optimizer, step: Step, batch: Any) -> Any:
@@ -357,7 +371,7 @@ class Loop:
         yielded = self._run.data.yielded if self._run.data is not None else None
         if yielded is not None and len(yielded) == 1 and batch is yielded[0][0]:
             return yielded
-        return StepBatch([(batch, count_samples(batch))])
+        return alone_or_counted(batch, self._run.ranks)
 
     def _known(self, optimizer: Optimizer) -> Optimizer:
         if not any(own is optimizer for own in self._run.optimizers.values()):

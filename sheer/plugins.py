@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from sheer.console import Console
 from sheer.loggers.base import Logger
 
@@ -17,3 +19,4 @@ class Plugins:
     callbacks: Sequence[object] = ()
     loggers: Sequence[Logger | Console] = ()
     hparams: Any = None
+    mesh: DeviceMesh | None = None  # of ranks, made by the user

@@ -23,6 +23,8 @@ class Progress:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation, or log point
     validated_at: int = -1  # the step of that validation
     saved_at: int = -1  # the step whose checkpoint holds all of the run as it is now; -1: something came since
+    micro_batch_size: int | None = None  # what they were halved to where memory ran out; None: it never did
+    owes_validation: bool = False  # whether the run was stopped in a validation, which is to be run when it goes on
     scale: float = 1.0  # the factor of a gradient scaler after the last step
 
     def state_dict(self) -> dict[str, Any]:

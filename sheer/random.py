@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +21,15 @@ def seed_everything(seed: int) -> int:
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise SettingsError(f"A seed is a whole number from 0 to 2**32 - 1, not {seed!r}.")
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  the global state is what libraries draw from
-    torch.manual_seed(seed)
+    seed_process(seed)
     return seed
+
+
+def seed_process(seed: int) -> None:
+    """Seed all generators of this process with a number of up to 64 bits."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  the global state is what libraries draw from
+    torch.manual_seed(seed)
 
 
 def seed_sample(seed: int) -> None:
@@ -70,3 +76,25 @@ def set_generators(generators: Sequence[torch.Generator], states: Sequence[torch
     """Put generators back into their states."""
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
+
+
+class Before:
+    """The states of the generators that a step may draw from, as they were before it.
+
+    Attributes:
+        generators: the host's, and the device's.
+        states: theirs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        of_device: Sequence[torch.Generator] = ()
+        if device.type != "cpu":
+            all_devices = getattr(torch.get_device_module(device), "default_generators", ())
+            of_device = all_devices[device.index or 0 : (device.index or 0) + 1]
+        self.generators = (torch.default_generator, *of_device)
+        self.states: deque[torch.Tensor] = deque(maxlen=len(self.generators))
+
+
+def state_before(device: torch.device) -> Before:
+    """Return what remembers the states before each step that computes on a device."""
+    return Before(device)

@@ -4,65 +4,118 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sheer.checkpoint.codec import decode
-from sheer.checkpoint.optimizer import load_optimizer_state
-from sheer.checkpoint.store import committed, read_tensors, read_text, verify
+from sheer.checkpoint.bucket import FETCHED, Folder
+from sheer.checkpoint.optimizer import load_optimizer_state, names_of, of_layers
+from sheer.checkpoint.read import read_shared_state, read_state, stored_in
+from sheer.checkpoint.store import brought, committed, read_manifest
 from sheer.data.feed import TrainingData
+from sheer.data.order import mix_seed
+from sheer.distributed.agree import agreed, first_of, is_other_rank
+from sheer.distributed.mesh import Ranks
 from sheer.due import DURATIONS, duration_over
 from sheer.errors import RunError, SheerWarning
-from sheer.random import set_random_state
+from sheer.metrics import put_together
+from sheer.random import random_state, seed_process, set_random_state
 from sheer.run import Run
 from sheer.rundir import refuse_differences
 from sheer.settings import Settings
 from sheer.signals import is_signal
-from sheer.weights import checkpoint_in, load_model
+from sheer.weights import checkpoint_at, load_model
 
 
-def find_checkpoint(cfg: Settings, directory: Path) -> Path | None:
-    """Return the checkpoint that `resume` means, verified; `directory` is that of the run's own. None: there is none to go on from.
+def find_checkpoint(cfg: Settings, disk: Folder, ranks: Ranks | None) -> Path | None:
+    """Return a folder with the checkpoint that `resume` means, verified by all ranks together; `disk` has the run's own. None: there is none to go on from.
 
     Raises:
         RunError: what there is cannot be used, or is of a run with other settings.
     """
-    if cfg.resume is None:
-        return None
     if cfg.resume == "auto":
-        path = newest_good(directory)
-        if path is None and committed(directory):
+        path, any_there = newest_good(disk, ranks)
+        if path is None and any_there:
             raise RunError(
-                f"No checkpoint in {directory} can be used; see the warnings. To start anew, give another run_dir."
+                f"No checkpoint in {disk} can be used; see the warnings. To start anew, give another run_dir."
             )
         return path
-    path = checkpoint_in(cfg.resume)
-    refuse_differences(path, verify(path).get("settings", {}), dataclasses.asdict(cfg))
+    if cfg.checkpoint is not None and cfg.checkpoint.directory is not None and not cfg.fast_dev_run:
+        there = agreed(ranks, [] if is_other_rank(ranks) else disk.names())
+        if there:
+            raise RunError(
+                f'{disk} already holds checkpoints: {there[-1]} is the newest. To go on from them, set resume="auto"; to start another run, '
+                "give another directory."
+            )
+    if cfg.resume is None:
+        return None
+    given, name = checkpoint_at(cfg.resume, "last", disk)
+    path, wrong = found_wrong(given, name, ranks)
+    if wrong is not None:
+        raise RunError(wrong)
+    refuse_differences(path, read_manifest(path)["settings"], dataclasses.asdict(cfg))
     return path
 
 
-def restore(cfg: Settings, run: Run, path: Path) -> dict[str, Any]:
+def newest_good(disk: Folder, ranks: Ranks | None) -> tuple[Path | None, bool]:
+    """Return the newest checkpoint in a folder that verifies, and whether there is any; each newer one that does not is warned of."""
+    names = agreed(ranks, [] if is_other_rank(ranks) else [saved.path.name for saved in committed(disk)])
+    for name in reversed(names):
+        path, wrong = found_wrong(disk, name, ranks)
+        if wrong is None:
+            return path, True
+        if not is_other_rank(ranks):
+            warnings.warn(f"{wrong} Going back to the checkpoint before it.", SheerWarning, stacklevel=2)
+    return None, bool(names)
+
+
+def found_wrong(disk: Folder, name: str, ranks: Ranks | None) -> tuple[Path, str | None]:
+    """Return where a checkpoint can be read, and what any rank finds wrong with it, each in its share of the files; None: nothing."""
+    try:
+        path, wrong = brought(disk, name), None
+    except RunError as error:
+        path, wrong = Path(), str(error)
+    return path, first_of(ranks, wrong)
+
+
+def refuse_other_run(cfg: Settings, manifest: Mapping[str, Any] | None, run_id: str) -> None:
+    """Raise `RunError` where a run would go on from the checkpoint of another."""
+    if cfg.resume == "auto" and manifest is not None and manifest["run_id"] != run_id:
+        raise RunError(
+            f"The checkpoints are of the run {manifest['run_id']}, and run_dir has the run {run_id}. Give each run a directory of its own, for its "
+            "checkpoints as well."
+        )
+
+
+def forget_copies(run: Run, checkpoint: Path | None) -> None:
+    """Delete what was fetched of a checkpoint to read it, when all ranks have read it."""
+    if checkpoint is not None and checkpoint.parent.name.startswith(FETCHED):
+        first_of(run.ranks, None)  # waits for all
+        shutil.rmtree(checkpoint.parent, ignore_errors=True)
+
+
+def restore(cfg: Settings, run: Run, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers, for `open_data`.
 
     Raises:
         RunError: the checkpoint is of another model, optimizer or scheduler, or there is nothing left to train.
     """
-    tensors, weights, trained = (read_tensors(path, name) for name in ("state", "model", "training"))
-    state: dict[str, Any] = decode(read_text(path, "state"), tensors)
-    extra = decode(read_text(path, "extra"), tensors)  # what a model's `get_extra_state` adds
-    load_model(run.model, {**(trained or weights), **extra}, path)
+    weights, trained = (stored_in(path, manifest, group) for group in ("model", "training"))
+    state = read_shared_state(path, manifest)
+    load_model(run.model, trained or weights, state["extra"], path, has_all=not has_some_layers(run.ranks))
     refuse_other_schedulers(run, state)
     warn_of_changes(run, state)
     run.progress.load_state_dict(state["progress"])
     for name, scheduler in (run.schedulers | run.plateaus).items():
         scheduler.load_state_dict(state["schedulers"][name])
     for name, optimizer in run.optimizers.items():  # after the schedulers, which may touch the groups
-        load_optimizer_state(optimizer, run.model, state["optimizers"][name])
+        saved = state["optimizers"][name]
+        own = of_layers(saved, names_of(optimizer, run.model)) if has_some_layers(run.ranks) else saved
+        load_optimizer_state(optimizer, run.model, own)
     if run.scaler is not None:
         run.scaler.load_state_dict(state["scaler"])
-    run.metrics.load_state_dict(state["metrics"])
     for name, callback in run.callbacks.items():
         if name in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][name])
@@ -73,12 +126,45 @@ def restore(cfg: Settings, run: Run, path: Path) -> dict[str, Any]:
     told = is_signal(run.progress.stopped_by) or run.progress.stopped_by in DURATIONS
     if told or cfg.resume != "auto":
         run.progress.stopped_by = duration_over(cfg, run)  # it may be longer now, or that of another run
+    if run.progress.owes_validation:  # the step that it was stopped in is to come to its end first
+        run.progress.stopped_by = None
     if cfg.resume != "auto" and run.progress.stopped_by is not None:
         raise RunError(
             f"{path} is of step {run.progress.step:,}, and {run.progress.stopped_by} is reached there: nothing would be trained. Durations "
             "count from the run's first step, earlier sessions included. Give a longer one, or take the weights alone with sheer.load_weights."
         )
-    return {"data": state["data"], "random": state["random"]}
+    there = own_state(run.ranks, path, manifest, state)
+    run.metrics.load_state_dict(there["metrics"])
+    return {"data": there["data"], "random": there["random"]}
+
+
+def has_some_layers(ranks: Ranks | None) -> bool:
+    """Whether this rank holds some of the model's layers only."""
+    return ranks is not None and ranks.parallel.pp > 1
+
+
+def own_state(ranks: Ranks | None, path: Path, manifest: Mapping[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """Return where the data, the random numbers and the running metrics of this rank were; `saved` has those of rank 0.
+
+    On another number of ranks than was saved, rank 0 takes the metrics of all, and the random numbers of the others are new.
+
+    Raises:
+        RunError: the loader gave each rank its own data, and there was another number of ranks.
+    """
+    rank, world_size, stream = (0, 1, 0) if ranks is None else (ranks.rank, ranks.world_size, ranks.stream)
+    before: int = manifest["world_size"]
+    if before == world_size:
+        return saved if rank == 0 else read_state(path, manifest, rank)
+    if saved["data"] is not None and saved["data"]["kind"] in ("StatefulSource", "IterableSource"):
+        raise RunError(
+            f"The run was made on {before} ranks, and its loader gave each its own data: it goes on only on as many, not on {world_size}."
+        )
+    random = saved["random"]
+    if stream > 0:
+        seed_process(mix_seed(int(random["torch"].sum()), stream, saved["progress"]["step"]))
+        random = random_state()
+    metrics = put_together([read_state(path, manifest, r)["metrics"] for r in range(before)]) if rank == 0 else {}
+    return {"data": saved["data"], "random": random, "metrics": metrics}
 
 
 def refuse_other_schedulers(run: Run, state: dict[str, Any]) -> None:
@@ -118,15 +204,3 @@ def open_data(data: TrainingData | None, state: dict[str, Any] | None) -> Callab
     if data is not None and state["data"] is not None:
         data.load_state_dict(state["data"])
     return functools.partial(set_random_state, state["random"])
-
-
-def newest_good(directory: Path) -> Path | None:
-    """Return the newest checkpoint in a folder that verifies; each newer one that does not is warned of."""
-    for saved in reversed(committed(directory)):
-        try:
-            verify(saved.path)
-        except RunError as error:
-            warnings.warn(f"{error} Going back to the checkpoint before it.", SheerWarning, stacklevel=2)
-        else:
-            return saved.path
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from sheer.checkpoint.saver import Saver
+from sheer.compilation import Compilations
 from sheer.console import Console
 from sheer.data.feed import TrainingData
+from sheer.distributed.mesh import Ranks
+from sheer.distributed.stop import StopAgreement
 from sheer.evaluation import Compute
 from sheer.events import Events, RunInfo
+from sheer.leaving import BeforeValidation
 from sheer.loggers.base import Loggers
 from sheer.metrics import Metrics
 from sheer.nonfinite import Watch
 from sheer.progress import Progress
+from sheer.random import Before
+from sheer.signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,9 @@ class Run:
     plateaus: dict[str, ReduceLROnPlateau]  # the schedulers that follow the monitored metric
     scaler: torch.amp.GradScaler | None  # only for "16-mixed"
     compute: Compute
+    ranks: Ranks | None  # those that train together; None: this process does alone
+    agreement: StopAgreement | None  # by which several ranks stop at the same step
+    stepper: nn.Module | None  # what runs a step on several ranks: the model wrapped by DDP or `fully_shard`
     parameters: dict[Optimizer, list[nn.Parameter]]  # what each optimizer updates, in the model's order
     unused: set[Optimizer]  # those that have not updated anything yet
     events: Events
@@ -53,6 +63,8 @@ class Run:
     averaging: Any | None  # the callback whose averages evaluation uses
     loggers: Loggers
     console: Console
+    saver: Saver
+    rewind: Before  # what a step is done again from, where memory runs out
     info: RunInfo
     record: dict[str, Any]  # what `run.json` is to hold
     total_steps: int | None
@@ -61,6 +73,13 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     metrics: Metrics = field(default_factory=Metrics)
     watch: Watch = field(default_factory=Watch)
+    compilations: Compilations = field(default_factory=Compilations)
+    told: StopSignals | None = None  # by what a validation may be left in its middle
+    leave: Callable[[], None] | None = None  # saves the run as it was before a validation that was left
+    ends_owed: bool = False  # whether the step that ends is one that an earlier session has logged
+    before_validating: BeforeValidation | None = None  # what held before the validation that runs
+    graphs: Any | None = None  # the captured steps, with `cuda_graph`
+    graphless: str | None = None  # why there are none, or none any more, though they were asked for
     in_steps: bool = False  # whether one's own loop is between its first step and its last
     began: float = field(default_factory=time.monotonic)
 
@@ -86,13 +105,8 @@ def result_of(run: Run) -> Result:
         step=run.progress.step,
         epoch=run.progress.epoch,
         metrics=run.progress.metrics,
-        best=linked(run.checkpoints / "best"),
-        last=linked(run.checkpoints / "last"),
+        best=run.saver.pointed_path("best"),
+        last=run.saver.pointed_path("last"),
         stopped_by=run.progress.stopped_by or "",
         run_dir=run.info.run_dir,
     )
-
-
-def linked(link: Path) -> Path | None:
-    """Return the checkpoint that a link points to, or None where there is no such link."""
-    return link.parent / link.readlink() if link.is_symlink() else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sheer.checkpoint.disk import sync
+from sheer.checkpoint.store import sealed
 from sheer.errors import RunError, SettingsError, SheerWarning
 from sheer.launch import overrides
 from sheer.settings import Settings
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 FREE = frozenset(
     {
         "max_steps", "max_epochs", "max_time", "device", "log_every_n_steps", "validate_every_n_steps", "validate_first",
-        "limit_val_batches", "checkpoint", "run_dir", "resume", "detect_anomaly",
+        "limit_val_batches", "checkpoint", "run_dir", "resume", "detect_anomaly", "parallel",
     }
 )  # fmt: skip
 
@@ -83,6 +84,7 @@ def run_record(path: Path, cfg: Settings, hparams: Mapping[str, Any], seed: int,
     record: dict[str, Any] = read_record(file) if file.exists() else {}
     if record:
         refuse_differences(path, record["settings"], settings)
+        refuse_other_directory(path, record["settings"].get("checkpoint"), settings["checkpoint"])
         warn_of_differences(path, record, plain(hparams), seed)
     else:
         record = {
@@ -119,8 +121,11 @@ def read_record(file: Path) -> dict[str, Any]:
         RunError: it is damaged.
     """
     try:
-        record: dict[str, Any] = json.loads(file.read_text())
-        record["id"], record["seed"], record["settings"], record["sessions"]
+        text = file.read_text()
+        record: dict[str, Any] = json.loads(text)
+        del record["sha256"]
+        if sealed(record) != text:
+            raise ValueError("its content is not what was written (SHA-256)")
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{file} is damaged: {type(error).__name__}: {error}. To go on from its checkpoints in a new folder, set "
@@ -130,21 +135,21 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write `run.json`, and make the folder if it is not there. Of two runs that start in one folder at once, one is refused.
+    """Write `run.json`, whole or not at all, and make the folder if it is not there. The caller holds the folder's lock.
 
     Raises:
         RunError: it cannot be written, or a run was begun there meanwhile; nothing is left behind.
     """
-    file, temporary = path / "run.json", path / f".run.json.{os.getpid()}"
+    file, temporary = path / "run.json", path / ".run.json.tmp"
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if is_new(record):
-            file.touch(exist_ok=False)
-        temporary.write_text(json.dumps(record, indent=1))
+        if is_new(record) and file.exists():  # since `run_record` looked, and before the lock was held
+            raise holds_a_run(path)
+        temporary.write_text(sealed(record))
+        sync(temporary)
         temporary.replace(file)
+        sync(path)
     except OSError as error:
-        if isinstance(error, FileExistsError) and file.is_file():
-            raise holds_a_run(path) from error
         if path.is_dir():
             temporary.unlink(missing_ok=True)
             if is_new(record):
@@ -218,6 +223,16 @@ def lock(path: Path) -> FileLock:
     except OSError as error:
         raise not_writable(path, error) from error
     return held
+
+
+def refuse_other_directory(path: Path, before: Any, now: Any) -> None:
+    """Raise `RunError` where a run that goes on would look for its checkpoints elsewhere than they are."""
+    places = [saves.get("directory") if isinstance(saves, dict) else None for saves in (before, now)]
+    if None not in (before, now) and places[0] != places[1]:
+        raise RunError(
+            f"The run in {path} keeps its checkpoints in {places[0] or path / 'checkpoints'}, and directory={places[1]!r} now: it would begin anew. Put "
+            "it back; to move them, give another run_dir and directory, and resume=<where they are>."
+        )
 
 
 def describe_start() -> dict[str, Any]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import traceback
 from types import TracebackType
 
 import torch
 
-from sheer.checkpoint.store import committed
 from sheer.data.batch import describe
+from sheer.distributed.agree import first_of, is_other_rank
+from sheer.distributed.hang import explain_timeout, is_timeout
+from sheer.distributed.stop import StopAgreement
+from sheer.distributed.words import departure_status
+from sheer.distributed.world import leave
 from sheer.errors import NonFiniteError, RunError
+from sheer.garbage import hold_collections, let_collections_go
 from sheer.run import Run
 from sheer.rundir import forget, is_new, lock, write_record
-from sheer.signals import EXIT_STATUS, StopSignals
+from sheer.signals import StopSignals, ToldToLeave, is_signal
 
 
 class Session:
@@ -25,44 +31,79 @@ class Session:
         self._told: BaseException | None = None
 
     def __enter__(self) -> Session:
-        self._lock = lock(self.run.info.run_dir)
-        try:
-            write_record(self.run.info.run_dir, self.run.record)
-        except RunError:
-            self._lock.release()
-            raise
+        if not is_other_rank(self.run.ranks):
+            self._lock = lock(self.run.info.run_dir)
+            try:
+                write_record(self.run.info.run_dir, self.run.record)
+            except RunError:
+                self._lock.release()
+                raise
         self._open = True
+        if self.run.agreement is not None:
+            self.run.agreement.start()
         self.run.loggers.start(self.run.info)
         self.run.console.open(self.run.progress, self.run.total_steps)
+        hold_collections()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool:
         if not self._open:  # one's own loop was left by a signal, or finished, inside its `with`
-            return
+            return False
         self._open = False
+        if isinstance(error, ToldToLeave) and self.run.leave is not None:
+            try:
+                self.run.leave()
+            finally:  # it may not be possible to save
+                self._close(None)
+            return True
         try:
             if error is not None:
                 self.tell(error)
+                # Before the first step the others raise the same, most likely, and a script may go on with something else.
+                if self.run.agreement is not None and self.run.progress.step > self.run.info.start_step:
+                    tell_other_ranks(error, self.run.agreement)
                 for callback in self.run.events.exception:
                     callback.on_exception(error)
         finally:  # a callback may fail, too
-            self._close()
+            let_collections_go()
+            self._close(error)
         if (
             error is not None
             and self.run.progress.step <= 1
+            and not is_other_rank(self.run.ranks)
             and is_new(self.run.record)
-            and not committed(self.run.checkpoints)
+            and not self.run.saver.saves
         ):
             forget(self.run.info.run_dir)
+        return False
 
-    def _close(self) -> None:
+    def _close(self, error: BaseException | None) -> None:
+        self._end_saving(error)
+        if self.run.agreement is not None:
+            self.run.agreement.close()
         if self.run.data is not None:
             self.run.data.source.close()
+        if self.run.graphs is not None:
+            self.run.graphs.close()
         self.run.loggers.close()
         self.run.console.close()
-        self._lock.release()
+        if not is_other_rank(self.run.ranks):
+            self._lock.release()
+
+    def _end_saving(self, error: BaseException | None) -> None:
+        """Wait for the checkpoint that is being written; where the run fails already, its own failure is only added to that."""
+        if isinstance(error, KeyboardInterrupt):  # at once
+            return
+        if error is not None:
+            self.run.saver.give_up()
+        try:
+            self.run.saver.wait()
+        except RunError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
 
     def tell(self, error: BaseException) -> None:
         """Add to an error where it happened, once."""
@@ -87,7 +128,11 @@ class Session:
                 f"memory on {self.run.compute.device}: {used / 2**30:.2f} GiB in use, {top / 2**30:.2f} GiB at most"
             )
         if isinstance(error, torch.OutOfMemoryError):
-            lines.append("set micro_batch_size to compute the same step in smaller parts")
+            lines.append(
+                "micro-batches were halved already"
+                if self.run.progress.micro_batch_size is not None
+                else "set micro_batch_size to compute the same step in smaller parts"
+            )
         if isinstance(error, StopIteration):
             lines.append(
                 "a StopIteration came out of your own code: a next() without a default, most likely; it does not end the epoch"
@@ -113,11 +158,24 @@ def leave_if_told(run: Run, signals: StopSignals) -> None:
     Nothing of the script that comes after the training is to run.
 
     Raises:
-        SystemExit: with status 85, which tells a scheduler to start the script again.
+        SystemExit: with status 85, which tells a scheduler to start the script again; on several ranks the launcher ends with it.
     """
-    if signals.received is None or hasattr(sys, "ps1"):  # at a prompt there is no process to end
+    received = first_of(run.ranks, signals.received or (run.progress.stopped_by if run.ranks is not None else None))
+    if not is_signal(received) or hasattr(sys, "ps1"):  # at a prompt there is no process to end
         return
-    last = run.checkpoints / "last"
-    where = f"saved in {last}" if last.is_symlink() else "not saved, since checkpoint=False"
-    print(f"stopped by {signals.received} after step {run.progress.step:,}, {where}", file=sys.stderr, flush=True)
-    raise SystemExit(EXIT_STATUS)
+    where = (
+        f"saved in {run.saver.disk}/last"
+        if run.saver.disk.pointed("last") is not None
+        else "not saved, since checkpoint=False"
+    )
+    if not is_other_rank(run.ranks):
+        print(f"stopped by {received} after step {run.progress.step:,}, {where}", file=sys.stderr, flush=True)
+    raise SystemExit(departure_status())
+
+
+def tell_other_ranks(error: BaseException, agreement: StopAgreement) -> None:
+    """Add to an error which rank was waited for in vain, if that is what it is, and let the other ranks know of it."""
+    if is_timeout(error):
+        error.add_note(explain_timeout(error, agreement))
+    atexit.unregister(leave)  # which would wait for the others
+    agreement.failed(f"{type(error).__name__}: {error}")

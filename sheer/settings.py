@@ -11,14 +11,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from sheer.errors import SettingsError
 
-Precision = Literal["32-true", "tf32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
+Precision = Literal["32-true", "tf32-true", "bf16-mixed", "16-mixed", "float8-mixed", "bf16-true", "64-true"]
 ClipAlgorithm = Literal["norm", "value"]
 SchedulerInterval = Literal["step", "epoch", "validation"]
 NonFinite = Literal["raise", "skip", "ignore"]
 MonitorMode = Literal["min", "max"]
-CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+Parallelism = Literal["auto", "none", "ddp", "fsdp"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+PipelineSchedule = Literal[
+    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]  # fmt: skip
+DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # of the mesh of ranks, outermost first
+CompileMode = Literal["blocks", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of compile: they capture CUDA graphs themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +38,112 @@ class Checkpoint:
     every_n_epochs: int | None = None  # save after every n-th epoch; None: not by epochs
     keep_last: int = 2  # how many of the newest checkpoints stay; with one, a damaged one has none before it
     keep_best: int = 1  # how many of the best by `monitor` stay; saved when a validation finds them
+    keep_every_n_steps: int | None = None  # those of each n-th step stay for good; None: none does
+    directory: str | None = (
+        None  # where checkpoints are kept, one run's alone: a path, or a URL such as "s3://bucket/run"; None: in run_dir
+    )
+    asynchronous: bool = True  # write beside training, which waits only for a copy in the host's memory
 
     def __post_init__(self) -> None:
         check_types(self)
-        at_least(self, every_n_steps=1, every_n_epochs=1, keep_last=1, keep_best=0)
+        at_least(self, every_n_steps=1, every_n_epochs=1, keep_last=1, keep_best=0, keep_every_n_steps=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How a model and its batches are divided over ranks: the sizes of the dimensions of one mesh. On one rank nothing is divided."""
+
+    dp_replicate: int = 1  # copies of the model, each trained on its part of the batch; -1: as many as there are ranks
+    dp_shard: int = -1  # ranks that share the parameters of one copy (FSDP2); -1: all ranks that are left
+    tp: int = 1  # ranks that share the work of single layers, by a plan given to `fit` (tensor and sequence parallel)
+    pp: int = 1  # ranks that the layers are divided over, one behind the other
+    cp: int = 1  # parts that each sequence is cut into, along `seq_dim`
+    shard_modules: tuple[str, ...] | None = (
+        None  # classes whose modules are sharded each by itself; None: repeated blocks
+    )
+    shard_min_parameters: int | None = None  # shard each module with at least this many parameters instead
+    reshard_after_forward: bool = (
+        True  # free the gathered parameters behind each forward; False: keep them for the backward
+    )
+    param_dtype: Dtype | None = None  # what sharded parameters are gathered and computed in; None: by `precision`
+    reduce_dtype: Dtype | None = (
+        None  # what gradients are summed over ranks in; None: float32 or that of the parameters
+    )
+    cpu_offload: bool = False  # keep sharded parameters, gradients and optimizer state in the host's memory
+    find_unused_parameters: bool = False  # let DDP expect steps whose loss does not reach every parameter
+    pp_split: tuple[str, ...] = ()  # modules at which a stage of the pipeline begins, such as "blocks.4"
+    pp_schedule: PipelineSchedule = "1F1B"  # in which order forward and backward passes of micro-batches run
+    pp_micro_batches: int | None = None  # micro-batches of a step in the pipeline; None: twice the ranks
+    seq_dim: int | None = None  # the dimension of the batch's tensors that runs along the sequence, for `cp`
+    cp_buffers: tuple[str, ...] = ()  # the model's buffers that run along the sequence in their first dimension
+    timeout: float = 600.0  # seconds that ranks wait for one another before the run ends with an error
+    mesh: DeviceMesh | None = (
+        None  # a mesh that you made, which then says the sizes: its dimensions are called as they are here
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.mesh is not None:
+            self._take_sizes(mesh_sizes(self.mesh))
+        for name in ("dp_replicate", "dp_shard"):
+            value = getattr(self, name)
+            if value < 1 and value != -1:
+                raise SettingsError(f"{name} must be at least 1, or -1 for all ranks that are left, not {value!r}.")
+        at_least(self, tp=1, pp=1, cp=1, shard_min_parameters=1, pp_micro_batches=1)
+        if not self.timeout > 0:
+            raise SettingsError(f"timeout must be above 0, not {self.timeout!r}.")
+        if self.dp_replicate == -1 and self.dp_shard == -1:
+            raise SettingsError(
+                "dp_replicate=-1 and dp_shard=-1 both take all ranks that are left. Give one of them a number."
+            )
+        if self.cp > 1 and self.seq_dim is None:
+            raise SettingsError(
+                f"cp={self.cp} cuts sequences, and seq_dim does not say which dimension they are. Give seq_dim=1, say."
+            )
+        if self.pp > 1 and not self.pp_split:
+            raise SettingsError(
+                f'pp={self.pp} divides the layers, and pp_split does not say where. Name the modules that begin a stage: pp_split=("blocks.4",).'
+            )
+        if self.shard_modules is not None and self.shard_min_parameters is not None:
+            raise SettingsError("shard_modules and shard_min_parameters both say what is sharded by itself. Give one.")
+
+    def _take_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Take the sizes of the mesh that was given; one that is given beside it must be the same."""
+        for name, size in sizes.items():
+            value = getattr(self, name)
+            if value not in (size, -1 if name == "dp_shard" else 1):
+                raise SettingsError(
+                    f"{name}={value}, and the mesh that was given has {size} there. The mesh says the sizes: leave {name} out."
+                )
+            object.__setattr__(self, name, size)
+
+
+def mesh_sizes(mesh: DeviceMesh) -> dict[str, int]:
+    """Return the size of each dimension that a mesh of ranks can have; 1 of one that a given mesh has not.
+
+    Raises:
+        SettingsError: its dimensions are called otherwise, or lie in another order.
+    """
+    names = mesh.mesh_dim_names or ()
+    said = f"The mesh has dimensions called {names}" if names else "The mesh's dimensions have no names"
+    known = ", ".join(DIMENSIONS)
+    if "dp" in names:
+        raise SettingsError(
+            f'{said}. "dp" does not say what its ranks do: call it "dp_replicate" if each is to hold the whole model (DDP), or "dp_shard" if '
+            "they are to share its parameters (fully_shard)."
+        )
+    if not names or not set(names) <= set(DIMENSIONS):
+        raise SettingsError(
+            f"{said}, and a run knows {known}. Make it with init_device_mesh(device, sizes, mesh_dim_names=(...)) of these names."
+        )
+    if list(names) != [name for name in DIMENSIONS if name in names]:
+        raise SettingsError(f"{said}, in an order that is not that of a run: {known}, of which any may be missing.")
+    return {name: mesh.size(names.index(name)) if name in names else 1 for name in DIMENSIONS}
+
+
+def mesh_of(settings: Settings) -> DeviceMesh | None:
+    """Return the mesh that a user made, if there is one."""
+    return settings.parallel.mesh if isinstance(settings.parallel, Parallel) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +155,12 @@ class Settings:
     max_time: float | None = None  # stop after this many seconds of training, resumed runs counted in
     device: str = "auto"  # "auto" takes the accelerator if there is one; or "cpu", "cuda", "cuda:1", "mps", ...
     precision: Precision = "32-true"  # "-mixed" is autocast, "-true" converts model and batches
-    compile: bool | CompileMode = False  # torch.compile the model, in place; a string is its mode
+    parallel: Parallelism | Parallel = "auto"  # "auto": "ddp" on several ranks, else "none"
+    compile: bool | CompileMode = (
+        False  # torch.compile the model, and the step of a fit on one device; "blocks": its repeated blocks alone; else the mode
+    )
+    cuda_graph: bool = False  # replay each step as one CUDA graph: less time between kernels, for small models most
+    autotune: bool = False  # before the run try compile, graphs, precisions, workers, ..., and take what is fastest
     gradient_clip_val: float | None = None  # clip gradients to this norm, or to this absolute value
     gradient_clip_algorithm: ClipAlgorithm = "norm"  # what `gradient_clip_val` bounds
     accumulate_grad_batches: int = 1  # batches of the loader in one step
@@ -96,6 +212,15 @@ class Settings:
         self._check_contradictions()
 
     def _check_contradictions(self) -> None:
+        if self.cuda_graph and self.compile in MODES_WITH_GRAPHS:
+            raise SettingsError(
+                f'compile="{self.compile}" makes CUDA graphs of its own, of the model alone, and cuda_graph=True makes one of the whole step. '
+                'Set compile=True, or compile="max-autotune-no-cudagraphs".'
+            )
+        if self.cuda_graph and self.detect_anomaly:
+            raise SettingsError(
+                "detect_anomaly looks at each value on the host, which cuda_graph=True rules out. Leave one of them out."
+            )
         if self.gradient_clip_algorithm == "value" and self.gradient_clip_val is None:
             raise SettingsError(
                 'gradient_clip_algorithm="value" says how to clip, but gradient_clip_val says not to. Give gradient_clip_val.'
@@ -127,14 +252,28 @@ class Settings:
             )
 
 
-def expanded(settings: Settings) -> Settings:
-    """Return settings with what `fast_dev_run` stands for: n steps, n batches of validation, nothing kept."""
+def expanded(settings: Settings, world_size: int = 1) -> Settings:
+    """Return settings with what `parallel` means on so many ranks, and what `fast_dev_run` stands for: n steps, n batches of validation, nothing kept."""
+    settings = dataclasses.replace(settings, parallel=_parallel_on(settings.parallel, world_size))
     if not settings.fast_dev_run:
         return settings
     steps = int(settings.fast_dev_run)
     return dataclasses.replace(
         settings, max_steps=steps, max_epochs=None, max_time=None, limit_val_batches=steps, checkpoint=None
     )
+
+
+def _parallel_on(parallel: Parallelism | Parallel, world_size: int) -> Parallelism | Parallel:
+    """Return "none" on one rank, else how the ranks are used."""
+    if world_size == 1:
+        return "none"
+    if parallel == "none":
+        raise SettingsError(
+            f'parallel="none" trains on one rank, and {world_size} were started: each would train by itself. Start one, or set parallel="ddp".'
+        )
+    if isinstance(parallel, Parallel):
+        return dataclasses.replace(parallel, mesh=None)  # its sizes stay; a mesh itself cannot be written down
+    return Parallel() if parallel == "fsdp" else Parallel(dp_replicate=-1, dp_shard=1)
 
 
 def check_types(settings: Any) -> None:
@@ -156,6 +295,8 @@ def _matches(value: object, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if origin is tuple:  # of any length, of one kind
+        return isinstance(value, tuple) and all(_matches(item, arguments[0]) for item in value)
     return isinstance(value, hint)
 
 
@@ -166,6 +307,8 @@ def describe_type(hint: Any) -> str:
         return " or ".join(describe_type(argument) for argument in arguments)
     if origin is Literal:
         return "one of " + ", ".join(f'"{argument}"' for argument in arguments)
+    if origin is tuple:
+        return f"a tuple, each of it {describe_type(arguments[0])}"
     names = {int: "an int", float: "a float", str: "a string", bool: "True or False", types.NoneType: "None"}
     return names.get(hint, f"a {getattr(hint, '__name__', hint)}")
 
@@ -232,10 +375,14 @@ def _replace(settings: Any, path: str, names: list[str], value: Any) -> Any:
         value = seconds(value)
     if name == "checkpoint" and not rest and isinstance(value, bool):
         value = Checkpoint() if value else None
+    if name in ("shard_modules", "pp_split", "cp_buffers") and isinstance(value, str):
+        value = tuple(value.split(","))
     if rest:
         inner = getattr(settings, name)
         if inner is None and name == "checkpoint":
             inner = Checkpoint()
+        if name == "parallel" and isinstance(inner, str):
+            inner = Parallel()
         if not dataclasses.is_dataclass(inner):
             raise SettingsError(f"{name} has no parts, so {path} cannot be set; set {name}.")
         value = _replace(inner, path, rest, value)

@@ -49,6 +49,10 @@ class StopSignals:
         )
 
 
+class ToldToLeave(Exception):
+    """No error: a run was told to stop while it validated. The validation is run again, whole, when the run goes on."""
+
+
 def is_signal(reason: str | None) -> bool:
     """Whether a run stopped because it was told to from outside."""
     return (reason or "").startswith("SIG")

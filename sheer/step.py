@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from sheer.data.batch import micro_batches
+from sheer.data.batch import StepBatch, micro_batches
+from sheer.distributed.gradients import clip_to, clip_values_to, global_norm, mean_over_ranks
+from sheer.distributed.layers import Pipeline
+from sheer.distributed.sequence import sharing_sequences
+from sheer.distributed.steps import parts_of_rank, step_on_ranks, synchronised_last, weightless
 from sheer.errors import NonFiniteError, SheerWarning, StepError
 from sheer.loss import Step, loss_in, no_loss
-from sheer.metrics import Mean, Number
+from sheer.metrics import Mean, Number, contents
 from sheer.run import Run
 from sheer.settings import Settings
 
@@ -22,9 +27,7 @@ MAX_SKIPPED = 100  # steps in a row that `nonfinite="skip"` may leave out
 _TINY = 1e-12  # stands for a count of 0, so that a batch in which nothing counts gives a gradient of 0
 
 
-def backward(
-    cfg: Settings, run: Run, step_function: Step, numbered: bool, batch: list[tuple[Any, int]], prefix: str = ""
-) -> Any:
+def backward(cfg: Settings, run: Run, step_function: Step, numbered: bool, batch: StepBatch, prefix: str = "") -> Any:
     """Run a step forward and backward over the micro-batches of one step, and add what it returns to the metrics.
 
     The gradient is sum(weight x mean) / sum(weights). A scalar loss is the mean over its micro-batch and weighs by its samples,
@@ -35,18 +38,31 @@ def backward(
         What the step returned for the last micro-batch.
     """
     parts = batch if cfg.micro_batch_size is None else list(micro_batches(batch, cfg.micro_batch_size))
-    total = parts[0][1] if len(parts) == 1 else sum([samples for _, samples in parts])
     counts: list[Number] = []
-    for part, samples in parts:
+    if run.stepper is not None and run.ranks is not None:  # whose gradients are averaged over ranks
+        total, alone = batch.total / run.ranks.data_ranks, False
+        parts = parts_of_rank(batch, parts, cfg.micro_batch_size)
+    else:
+        total, alone = parts[0][1] if len(parts) == 1 else sum([samples for _, samples in parts]), len(parts) == 1
+    for part, samples in parts if run.stepper is None else synchronised_last(run.stepper, parts):
+        held = contents(run.metrics.objects()) if run.stepper is not None and samples == 0 else []
         with run.compute.autocast:
-            output = step_function(run.model, part, run.progress.step) if numbered else step_function(run.model, part)
+            if run.stepper is not None:
+                output = step_on_ranks(run.stepper, step_function, numbered, part, run.progress.step)
+                if samples == 0:  # it was run for the other ranks' sake
+                    run.metrics.take_back(output, held, prefix)
+                    output = weightless(output)
+            elif numbered:
+                output = step_function(run.model, part, run.progress.step)
+            else:
+                output = step_function(run.model, part)
         loss = output if isinstance(output, (Tensor, Mean)) else loss_in(step_function, output)
-        if isinstance(loss, Mean) and len(parts) == 1:
+        if isinstance(loss, Mean) and alone:
             loss = loss.total / nonzero(loss.count)
         elif isinstance(loss, Mean):
             counts.append(loss.count)
             loss = loss.total / total
-        elif len(parts) > 1 and samples != total and isinstance(loss, Tensor):
+        elif not alone and samples != total and isinstance(loss, Tensor):
             loss = loss * (samples / total)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise StepError(no_loss(step_function, output))
@@ -58,8 +74,49 @@ def backward(
             run.watch.add(run.progress.step, "loss", loss)
         run.metrics.add(output, samples, prefix)
     if counts:
-        scale_gradients(run, total / nonzero(sum(counts)))
+        count = sum(counts) if run.ranks is None else mean_over_ranks(sum(counts), run.ranks)
+        scale_gradients(run, total / nonzero(count))
     return output
+
+
+def backward_over_sequences(
+    cfg: Settings, run: Run, step_function: Step, numbered: bool, batch: StepBatch, prefix: str = ""
+) -> Any:
+    """Run a step forward and backward where each rank holds a part of every sequence."""
+    assert run.ranks is not None
+    with sharing_sequences(run.model, run.ranks, [part for part, _ in batch]):
+        return backward(cfg, run, step_function, numbered, batch, prefix)
+
+
+def backward_through_stages(
+    cfg: Settings, run: Run, step_function: Step, numbered: bool, batch: StepBatch, prefix: str = ""
+) -> Any:
+    """Run a step forward and backward where each rank holds some of the layers."""
+    pipeline = run.stepper
+    assert isinstance(pipeline, Pipeline) and run.ranks is not None
+    with sharing_sequences(run.model, run.ranks, [part for part, _ in batch]):
+        output, factor = pipeline.backward(
+            step_function,
+            batch,
+            cfg.micro_batch_size,
+            run.progress.step,
+            (run.progress.step,) if numbered else (),
+            run.metrics,
+            run.watch if cfg.nonfinite == "raise" else None,
+            prefix,
+        )
+    if factor is not None:
+        scale_gradients(run, factor)
+    return output
+
+
+def backward_of(run: Run) -> Callable[..., Any]:
+    """Return how a step of this run goes forward and backward."""
+    if run.ranks is None:
+        return backward
+    if run.ranks.parallel.pp > 1:
+        return backward_through_stages
+    return backward if run.ranks.parallel.cp == 1 else backward_over_sequences
 
 
 def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) -> None:
@@ -73,13 +130,11 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
         callback.on_gradients(run.progress.step, run.model)
 
     if cfg.nonfinite == "skip" or (cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm"):
-        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = norm_of(run, parameters)
     if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm":
-        clip_grads_with_norm_(parameters, cfg.gradient_clip_val, norm)
-        if cfg.nonfinite == "raise" and run.scaler is None:  # a scaler makes infinities, and deals with them
-            run.watch.add(run.progress.step, "gradient norm", norm)
+        clip_norm(cfg, run, parameters, cfg.gradient_clip_val, norm)
     if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "value":
-        clip_grad_value_(parameters, cfg.gradient_clip_val)
+        clip_values(cfg.gradient_clip_val, run, parameters)
 
     if run.scaler is not None:
         run.scaler.step(optimizer)
@@ -96,12 +151,37 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
         taken = True
     optimizer.zero_grad()
     if not taken:
-        count_skipped(run)
+        count_skipped(run, run.progress.step)
     elif scheduler is not None and cfg.scheduler_interval == "step":
         scheduler.step()
     if taken:
         for updated in run.events.update:
             updated.on_update(run.progress.step, run.model)
+
+
+def norm_of(run: Run, parameters: list[nn.Parameter]) -> Tensor:
+    """Return the norm of all gradients of some parameters."""
+    if run.ranks is None:
+        return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return global_norm([parameter.grad for parameter in parameters if parameter.grad is not None], run.ranks)
+
+
+def clip_norm(cfg: Settings, run: Run, parameters: list[nn.Parameter], largest: float, norm: Tensor) -> None:
+    """Scale gradients whose norm is `norm` down to the largest that is allowed."""
+    if run.ranks is None:
+        clip_grads_with_norm_(parameters, largest, norm)
+    else:
+        clip_to(parameters, largest, norm)
+    if cfg.nonfinite == "raise" and run.scaler is None:  # a scaler makes infinities, and deals with them
+        run.watch.add(run.progress.step, "gradient norm", norm)
+
+
+def clip_values(bound: float, run: Run, parameters: list[nn.Parameter]) -> None:
+    """Bring each number of the gradients between -bound and bound."""
+    if run.ranks is None:
+        clip_grad_value_(parameters, bound)
+    else:
+        clip_values_to(parameters, bound)
 
 
 def check_first_gradients(run: Run, optimizer: Optimizer) -> None:
@@ -143,20 +223,20 @@ def scale_gradients(run: Run, factor: Number) -> None:
                 parameter.grad.mul_(factor)
 
 
-def count_skipped(run: Run) -> None:
+def count_skipped(run: Run, step: int) -> None:
     """Count a step whose update was left out.
 
     Raises:
         NonFiniteError: there were too many in a row, so the run is not going anywhere.
     """
     progress = run.progress
-    if progress.last_skipped == progress.step:  # by another optimizer of the same step
+    if progress.last_skipped == step:  # by another optimizer of the same step
         return
     progress.skipped += 1
-    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if progress.last_skipped == progress.step - 1 else 1
-    progress.last_skipped = progress.step
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if progress.last_skipped == step - 1 else 1
+    progress.last_skipped = step
     if progress.skipped_in_a_row >= MAX_SKIPPED:
         raise NonFiniteError(
-            f"The gradients were NaN or infinite in {MAX_SKIPPED} steps in a row, up to step {progress.step}, and every update was left out. "
+            f"The gradients were NaN or infinite in {MAX_SKIPPED} steps in a row, up to step {step}, and every update was left out. "
             "Lower the learning rate, look at the batches of these steps, or find the operation with detect_anomaly=True."
         )

@@ -10,10 +10,13 @@ from typing import Any, Never
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from sheer.build import resolve_device
 from sheer.console import Console
+from sheer.distributed.world import world
+from sheer.distributed.wrap import Parallelize
 from sheer.evaluate_alone import Reporter, evaluate_alone, predict_alone
 from sheer.launch import overrides
 from sheer.loggers.base import Logger
@@ -28,10 +31,13 @@ from sheer.settings import (
     CompileMode,
     MonitorMode,
     NonFinite,
+    Parallel,
+    Parallelism,
     Precision,
     SchedulerInterval,
     Settings,
     expanded,
+    mesh_of,
     overridden,
     seconds,
     unknown_name,
@@ -54,7 +60,10 @@ class Trainer:
         max_time: float | str | timedelta | None = None,
         device: str = "auto",
         precision: Precision = "32-true",
+        parallel: Parallelism | Parallel | DeviceMesh = "auto",
         compile: bool | CompileMode = False,
+        cuda_graph: bool = False,
+        autotune: bool = False,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: ClipAlgorithm = "norm",
         accumulate_grad_batches: int = 1,
@@ -94,7 +103,10 @@ class Trainer:
             max_time=max_time,
             device=device,
             precision=precision,
+            parallel=Parallel(mesh=parallel) if isinstance(parallel, DeviceMesh) else parallel,
             compile=compile,
+            cuda_graph=cuda_graph,
+            autotune=autotune,
             gradient_clip_val=gradient_clip_val,
             gradient_clip_algorithm=gradient_clip_algorithm,
             accumulate_grad_batches=accumulate_grad_batches,
@@ -116,8 +128,9 @@ class Trainer:
             run_dir=str(run_dir) if run_dir is not None else None,
             resume=str(resume) if resume is not None else None,
         )
-        self.settings = expanded(overridden(settings, overrides()))
-        self.plugins = Plugins(callbacks, loggers, hparams)
+        settings = overridden(settings, overrides())
+        self.settings = expanded(settings, world().world_size)
+        self.plugins = Plugins(callbacks, loggers, hparams, mesh_of(settings))
         self._reporter: Reporter | None = None
         self.run_dir = Path(self.settings.run_dir) if self.settings.run_dir is not None else None
 
@@ -132,7 +145,9 @@ class Trainer:
     ) -> Trainer:
         """Make a trainer from settings that were written down, read from a file or built by a configuration library."""
         trainer = cls(callbacks=callbacks, loggers=loggers, hparams=hparams)
-        trainer.settings = expanded(overridden(settings, overrides()))
+        settings = overridden(settings, overrides())
+        trainer.settings = expanded(settings, world().world_size)
+        trainer.plugins = Plugins(callbacks, loggers, hparams, mesh_of(settings))
         trainer.run_dir = Path(trainer.settings.run_dir) if trainer.settings.run_dir is not None else None
         return trainer
 
@@ -144,12 +159,12 @@ class Trainer:
     @property
     def rank(self) -> int:
         """The number of this process among those that train together."""
-        return 0
+        return world().rank
 
     @property
     def world_size(self) -> int:
         """How many processes train together."""
-        return 1
+        return world().world_size
 
     def fit(
         self,
@@ -161,6 +176,7 @@ class Trainer:
         eval_step: Step | None = None,
         optimizer: Optimizer | Callable[[nn.Module], Optimizer],
         scheduler: Any = None,
+        parallelize: Parallelize = None,
         resume_by_skipping: bool = False,
     ) -> Result:
         """Train a model, in place, and return how it ended.
@@ -174,24 +190,34 @@ class Trainer:
             eval_step: what to validate with, if not `step`: called in eval mode and without gradients.
             optimizer: an optimizer, or a function of the model that returns one.
             scheduler: a scheduler, or a function of (optimizer, total_steps) that returns one.
+            parallelize: on several ranks, a plan for `tp`, as {"blocks.*.up": ColwiseParallel()}, or a function of (model, mesh) that divides
+                the model by PyTorch's own calls; it may return the modules that `fully_shard` is to get each by itself.
             resume_by_skipping: allow a loader without a state to be resumed by reading and dropping what was used.
 
         Raises:
             SheerError: something does not fit together; found before the first step wherever it can be.
         """
+        settings, plugins, loader = self.settings, self.plugins, train_loader
+        if settings.autotune:
+            from sheer.scripts import Call
+            from sheer.speed.autotune import tuned
+
+            call = Call(settings, plugins, model, step, train_loader, optimizer, scheduler, parallelize)
+            settings, plugins, loader, optimizer = tuned(call)
         run = fit(
-            self.settings,
-            self.plugins,
+            settings,
+            plugins,
             model,
             step,
-            train_loader,
+            loader,
             val_loader,
             eval_step or step,
             optimizer,
             scheduler,
+            parallelize,
             resume_by_skipping,
         )
-        self.run_dir, self._reporter = run.info.run_dir, Reporter(run.loggers, run.info, run.progress)
+        self.run_dir, self._reporter = run.info.run_dir, Reporter(run.loggers, run.info, run.progress, run.stepper)
         return result_of(run)
 
     def start(
@@ -201,6 +227,7 @@ class Trainer:
         optimizers: Mapping[str, Any],
         schedulers: Mapping[str, Any] | None = None,
         total_steps: int | None = None,
+        parallelize: Parallelize = None,
     ) -> Loop:
         """Start a run whose loop is written by you; see `sheer.Loop`.
 
@@ -209,9 +236,12 @@ class Trainer:
             optimizers: optimizers, or functions of the model, by the names their states are saved under.
             schedulers: schedulers, or functions of (optimizer, total_steps), by the names of their optimizers.
             total_steps: how many steps the loop will make, for such functions; not needed where `max_steps` is set.
+            parallelize: how the model is divided over ranks, as in `fit`.
         """
-        run, state = start_loop(self.settings, self.plugins, model, optimizers, schedulers or {}, total_steps)
-        self.run_dir, self._reporter = run.info.run_dir, Reporter(run.loggers, run.info, run.progress)
+        run, state = start_loop(
+            self.settings, self.plugins, model, optimizers, schedulers or {}, total_steps, parallelize
+        )
+        self.run_dir, self._reporter = run.info.run_dir, Reporter(run.loggers, run.info, run.progress, run.stepper)
         return Loop(self.settings, run, state)
 
     def validate(
@@ -276,4 +306,6 @@ class Trainer:
         limit_batches: int | float | None = None,
     ) -> Iterator[Any]:
         """Yield what `step` returns for each batch, in eval mode and without gradients, as it comes."""
-        return predict_alone(self.settings, self.plugins, model, step, loader, checkpoint, self.run_dir, limit_batches)
+        return predict_alone(
+            self.settings, self.plugins, model, step, loader, checkpoint, self.run_dir, self._reporter, limit_batches
+        )

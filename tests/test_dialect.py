@@ -15,13 +15,15 @@ ROOT = Path(sheer.__file__).parent
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text())
     for path in sorted(ROOT.rglob("*.py"))
-    if "eject" not in path.parts
+    if "eject" not in path.relative_to(ROOT).parts
 }
 # What only speaks of a run, evaluates by itself or is a command: nothing of it is reached by a step.
-BESIDE = {"cli", "launch", "__main__", "trainer", "settings", "find_lr"}
+TUNING = {"speed.autotune", "speed.command", "speed.trials", "speed.ways"}
+BESIDE = {"cli", "launch", "__main__", "trainer", "settings", "find_lr", *TUNING}
 PATH = {name: tree for name, tree in MODULES.items() if name not in BESIDE and not name.endswith("__init__")}
 CFG = {
     "loop",
+    "memory",
     "step",
     "start",
     "checks",
@@ -29,6 +31,7 @@ CFG = {
     "due",
     "resume",
     "saving",
+    "speed.graph",
     "rundir",
     "own_loop",
     "evaluate_alone",
@@ -93,7 +96,7 @@ def test_settings_are_read_as_attributes_of_cfg(module: str) -> None:
         arguments = function.args
         for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
             settings = argument.annotation is not None and ast.unparse(argument.annotation) == "Settings"
-            if settings and module not in {"settings", "trainer", "find_lr"}:
+            if settings and module not in {"settings", "trainer", "find_lr", *TUNING}:
                 assert argument.arg == "cfg", f"{function.name} calls its settings {argument.arg}"
         for node in ast.walk(function):
             if isinstance(node, ast.Name) and node.id == "cfg" and isinstance(node.ctx, ast.Store):

@@ -31,6 +31,14 @@ def test_the_tables_of_settings_are_those_of_the_code() -> None:
     assert generate.filled(page.read_text()) == page.read_text(), "run `python docs/generate.py`"
 
 
+def test_the_table_of_what_is_tried_on_several_ranks_is_that_of_the_tests() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    import generate
+
+    page = ROOT / "docs" / "parallel.md"
+    assert generate.with_ways(page.read_text()) == page.read_text(), "run `python docs/generate.py`"
+
+
 def test_every_link_between_pages_leads_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):

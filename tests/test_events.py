@@ -41,7 +41,7 @@ def fitted(*callbacks: Any, step: Any = step, **settings: Any) -> None:
 def test_the_order_over_a_run_with_validation_logging_and_saving() -> None:
     """Two epochs of two steps; log points at 2 and 4, a validation after each epoch, saves at steps 2 and 4 and at the end."""
     seen: list[str] = []
-    fitted(Recorder(seen), checkpoint=sheer.Checkpoint(every_n_steps=2))
+    fitted(Recorder(seen), checkpoint=sheer.Checkpoint(every_n_steps=2, asynchronous=False))
     evaluation = ["evaluation_start", "evaluation_end"]
     assert seen == [
         "fit_start",

@@ -18,13 +18,14 @@ ENVIRONMENT = {
 }  # two threads wait for each other on small work
 
 
-def run(example: str, *settings: str) -> str:
+def run(example: str, *settings: str, ranks: int = 1, arguments: tuple[str, ...] = ()) -> str:
     command = [sys.executable, "-m", "sheer", "run"]
     for setting in settings:
         command += ["--set", setting]
-    done = subprocess.run(
-        [*command, str(ROOT / "examples" / example)], capture_output=True, text=True, env=ENVIRONMENT, timeout=300
-    )
+    if ranks > 1:
+        command += ["--nproc-per-node", str(ranks)]
+    command += [str(ROOT / "examples" / example), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -59,6 +60,33 @@ def test_the_lstm_tells_the_waves_apart() -> None:
 def test_the_language_model_is_fine_tuned_and_saved_by_its_own_library() -> None:
     run("finetune_transformers.py", "max_epochs=1")
     assert Path("runs/finetune/adapter/adapter_model.safetensors").exists()
+
+
+def test_the_demo_ends_with_the_same_loss_however_ranks_share_the_work() -> None:
+    losses = set()
+    for ranks, way in ((2, "ddp"), (2, "fsdp"), (4, "tp2")):
+        output = run(
+            "gpt_on_ranks.py", "max_steps=6", "validate_every_n_steps=6", ranks=ranks, arguments=("--parallel", way)
+        )
+        losses.add(number_after(f"{way} on {ranks} ranks: validation loss", output))
+    assert len(losses) == 1, losses
+
+
+def test_shards_are_made_once_and_pretrained_on_by_ranks_that_share_the_model() -> None:
+    output = run("pretrain_shards.py", "max_steps=10", ranks=2)
+    assert "ranks: 2 (dp_shard=2)" in output
+    assert number_after("validation loss", output) < 5.5  # bytes that are all alike likely: log 256
+    shards = {path.name: path.stat().st_mtime_ns for path in Path("runs/shards").iterdir()}
+    assert len(shards) > 2
+
+    assert "at step 10" in run("pretrain_shards.py", "max_steps=12", ranks=2)
+    assert shards == {path.name: path.stat().st_mtime_ns for path in Path("runs/shards").iterdir()}
+
+
+def test_packed_documents_are_pretrained_on() -> None:
+    output = run("pretrain_packed.py", "max_steps=12")
+    assert number_after("rows of 256,", output) > 99
+    assert number_after("validation loss", output) < 5  # bytes that are all alike likely: 5.5
 
 
 def test_the_demo_is_stopped_by_ctrl_c_and_goes_on_by_the_same_command() -> None:

@@ -42,7 +42,7 @@ def test_every_callback_of_lightning_is_on_the_page() -> None:
 
 
 def test_every_training_argument_of_transformers_is_on_the_page() -> None:
-    transformers = checked("transformers", "5.23")
+    transformers = checked("transformers", "5.24")
     names = [field.name for field in dataclasses.fields(transformers.TrainingArguments)]
     assert missing(names, "from-transformers.md") == []
 

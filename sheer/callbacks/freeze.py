@@ -51,6 +51,11 @@ class Freeze:
 
     def on_fit_start(self, model: nn.Module, optimizers: Mapping[str, Optimizer], info: RunInfo) -> None:
         """Freeze, unless the run that goes on had unfrozen."""
+        if info.ranks is not None and (self.until_step is not None or self.until_epoch is not None):
+            raise SettingsError(
+                "Freeze with until_step or until_epoch changes which parameters are trained during the run, and ranks agree on that at its start. "
+                "Train in two runs, the second from the weights of the first, or freeze for the whole run."
+            )
         names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_modules()}
         for pattern in self.patterns:
             if not any(fnmatchcase(name, pattern) for name in names):

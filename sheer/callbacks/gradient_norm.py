@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from sheer.distributed.gradients import global_norm
+from sheer.distributed.mesh import Ranks
+from sheer.errors import SettingsError
 from sheer.events import RunInfo
 
 
@@ -26,12 +28,17 @@ class GradientNorm:
     def __init__(self, *, per_parameter: bool = False, norm_type: float = 2.0) -> None:
         self.per_parameter, self.norm_type = per_parameter, norm_type
         self._every = 1
+        self._ranks: Ranks | None = None
         self._step = -1
         self._updates: list[dict[str, Tensor]] = []
 
     def on_fit_start(self, model: nn.Module, optimizers: Mapping[str, Optimizer], info: RunInfo) -> None:
         """Learn which steps are log points."""
-        self._every = info.log_every_n_steps
+        self._every, self._ranks = info.log_every_n_steps, info.ranks
+        if self.per_parameter and info.ranks is not None and info.ranks.parallel.pp > 1:
+            raise SettingsError(
+                "GradientNorm(per_parameter=True) needs all parameters on a rank, and pp divides them. Leave per_parameter out."
+            )
 
     def on_gradients(self, step: int, model: nn.Module) -> None:
         """Compute the norms, on the device."""
@@ -40,9 +47,11 @@ class GradientNorm:
         if step != self._step:
             self._step, self._updates = step, []
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norms = {"": get_total_norm(list(gradients.values()), self.norm_type)}
+        norms = {"": global_norm(gradients.values(), self._ranks, self.norm_type)}
         if self.per_parameter:
-            norms |= {f"/{name}": get_total_norm([gradient], self.norm_type) for name, gradient in gradients.items()}
+            norms |= {
+                f"/{name}": global_norm([gradient], self._ranks, self.norm_type) for name, gradient in gradients.items()
+            }
         self._updates.append(norms)
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float] | None:

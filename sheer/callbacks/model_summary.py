@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.optim import Optimizer
 
+from sheer.distributed.agree import gathered, is_other_rank
 from sheer.errors import SettingsError
 from sheer.events import RunInfo
 
@@ -28,7 +29,12 @@ class ModelSummary:
 
     def on_fit_start(self, model: nn.Module, optimizers: Mapping[str, Optimizer], info: RunInfo) -> None:
         """Print the table."""
-        print(model_table(model, self.depth), flush=True)
+        table = model_table(model, self.depth)
+        if info.ranks is not None and info.ranks.parallel.pp > 1:  # where each rank has some of the layers
+            tables = gathered(table if info.ranks.leads else "")
+            table = "\n\n".join(f"on rank {rank}:\n{part}" for rank, part in enumerate(tables) if part)
+        if not is_other_rank(info.ranks):
+            print(table, flush=True)
 
 
 def model_table(model: nn.Module, depth: int) -> str:

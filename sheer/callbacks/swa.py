@@ -95,6 +95,11 @@ class SWA:
         self._weights.bind(model, optimizers)
         self._forget()
         self._find_norms(model)
+        if self._norms and info.ranks is not None and not info.ranks.uses_ddp:
+            raise SettingsError(
+                "SWA computes the statistics of batch norms by running the model outside of a step, and a model that is divided over ranks runs "
+                'only in one. Set bn_loader=False, or parallel="ddp".'
+            )
         self._dtype = TRUE_DTYPES.get(info.settings["precision"])
         if self._restored is not None:
             self._count, self._initial_lrs = self._restored["count"], self._restored["initial_lrs"]

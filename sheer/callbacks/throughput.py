@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sheer.distributed.agree import over_data_ranks
+from sheer.distributed.mesh import Ranks
 from sheer.errors import SettingsError
 from sheer.events import RunInfo
 
@@ -75,16 +77,23 @@ class Throughput:
         self._flops: float | None = None if flops_per_sample == "count" else flops_per_sample
         self._counter: FlopCounterMode | None = None
         self._peak = peak_flops or 0.0
-        self._samples, self._step = 0, 0
+        self._samples, self._tried, self._step = 0, 0, 0
+        self._ranks: Ranks | None = None
         self._counts: list[int | Tensor] = []
         self._since: float | None = None
         self._left_out = self._paused = self._step_ended = 0.0
 
     def on_fit_start(self, model: nn.Module, optimizers: Mapping[str, Optimizer], info: RunInfo) -> None:
         """Find out the peak."""
-        self._step, self._since = info.start_step, None
+        self._step, self._since, self._ranks = info.start_step, None, info.ranks
         if self.flops_per_sample is not None and self.peak_flops is None:
             self._peak = known_peak(info.device)
+        if info.ranks is not None:
+            self._peak *= info.ranks.world_size
+            if self.flops_per_sample == "count" and info.ranks.averaged < info.ranks.world_size:
+                raise SettingsError(
+                    'Throughput(flops_per_sample="count") sees what one rank computes, and tp and pp divide a sample over several. Give the number.'
+                )
         if self._flops is None and self.flops_per_sample == "count" and info.settings["compile"]:
             raise SettingsError(
                 'Throughput(flops_per_sample="count") cannot see into a compiled model. Give the number: run once without compile, or '
@@ -98,9 +107,10 @@ class Throughput:
             self._counts.clear()
         for part, samples in batch or ():
             self._samples += samples
-            if self.tokens is not None:
+            if self.tokens is not None and samples > 0:  # else it is run for the other ranks' sake
                 self._counts.append(tokens_of(self.tokens, part, samples))
-        if self.flops_per_sample == "count" and self._flops is None and batch is not None:
+        self._tried = sum([samples for _, samples in batch or ()])
+        if self.flops_per_sample == "count" and self._flops is None and self._tried > 0:
             self._start_counting()
 
     def on_evaluation_start(self, model: nn.Module) -> None:
@@ -121,12 +131,14 @@ class Throughput:
             return None
         passed = now - self._since - self._left_out
         logged = {"steps_per_second": taken / passed}
-        if self._samples:
-            logged["samples_per_second"] = self._samples / passed
-        if self._counts:
-            logged["tokens_per_second"] = float(sum(self._counts)) / passed
-        if self._flops is not None and self._samples:
-            logged["mfu"] = self._flops * self._samples / passed / self._peak
+        samples = over_data_ranks(self._ranks, self._samples)
+        if samples:
+            logged["samples_per_second"] = samples / passed
+        tokens = over_data_ranks(self._ranks, float(sum(self._counts))) if self.tokens is not None else 0.0
+        if tokens:
+            logged["tokens_per_second"] = tokens / passed
+        if self._flops is not None and samples:
+            logged["mfu"] = self._flops * samples / passed / self._peak
         self._since, self._step, self._samples, self._left_out = now, step, 0, 0.0
         self._counts.clear()
         return {f"throughput/{name}": value for name, value in logged.items()}
@@ -162,7 +174,7 @@ class Throughput:
     def _stop_counting(self) -> None:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            self._flops = self._counter.get_total_flops() / self._samples
+            self._flops = self._counter.get_total_flops() / self._tried
             self._counter = None
 
 

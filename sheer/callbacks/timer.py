@@ -18,6 +18,8 @@ from sheer.events import RunInfo
 class Timer:
     """Logs `time/total`, `time/train`, `time/validation` and `time/saving` at each log point: seconds since the start, resumed runs counted in.
 
+    `time/saving` is what training waited for: of a checkpoint that is written beside training, not the writing; the copy counts as training.
+
     Args:
         stop_after: seconds of training, without validations and saves, after which the run stops (the trainer's `max_time` counts all).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sheer.errors import RunError
 
+_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _TAGS = ("$tensor", "$tuple", "$dict", "$set", "$float", "$bytes", "$dtype", "$device")
 
 
@@ -63,8 +64,19 @@ def _joined(path: str, key: object) -> str:
     return f"{path}/{key}" if path else str(key)
 
 
-def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return what `encode` was given."""
+class Tensors(Protocol):
+    """Tensors, or what stands for them, by name."""
+
+    def __getitem__(self, name: str, /) -> Any:
+        """Return one."""
+
+
+def decode(value: Any, tensors: Tensors) -> Any:
+    """Return what `encode` was given.
+
+    Raises:
+        LookupError, TypeError, ValueError, RuntimeError: it is nothing that `encode` returns.
+    """
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -82,8 +94,8 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return float(text)
         case {"$bytes": text}:
             return base64.b64decode(text)
-        case {"$dtype": name} if isinstance(getattr(torch, name), torch.dtype):
-            return getattr(torch, name)
+        case {"$dtype": name}:
+            return _DTYPES[name]
         case {"$device": name}:
             return torch.device(name)
     return {key: decode(item, tensors) for key, item in value.items()}

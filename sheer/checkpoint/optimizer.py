@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sheer.checkpoint.read import Later
 from sheer.errors import RunError
 
 IMPLEMENTATION = frozenset(
@@ -45,6 +46,12 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     }
 
 
+def of_layers(saved: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Return what was saved of an optimizer for the layers that a rank of a pipeline holds."""
+    groups = [{**group, "params": [name for name in group["params"] if name in names]} for group in saved["groups"]]
+    return {**saved, "state": {n: own for n, own in saved["state"].items() if n in names}, "groups": groups}
+
+
 def options_of(optimizer: Optimizer) -> dict[str, Any]:
     """Return the options that an optimizer was built with, without those that choose an implementation."""
     options = {name: plain_number(value) for name, value in optimizer.defaults.items()}
@@ -62,8 +69,14 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, saved: dict[str
     index_of = {key: index for index, key in enumerate(names)}
     own_groups = optimizer.state_dict()["param_groups"]
     groups = [{**group, "params": own["params"]} for own, group in zip(own_groups, saved["groups"], strict=True)]
-    values = {index_of[key]: value for key, value in saved["state"].items()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values = {index_of[key]: like_its_parameter(value, held[index_of[key]]) for key, value in saved["state"].items()}
     optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
+def like_its_parameter(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """Return what an optimizer keeps for a parameter; tensors of the parameter's shape are divided over ranks as it is."""
+    return {name: value.like(parameter) if isinstance(value, Later) else value for name, value in state.items()}
 
 
 def refuse_another_optimizer(optimizer: Optimizer, names: list[str], state: dict[str, Any]) -> None:

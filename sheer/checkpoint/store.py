@@ -1,7 +1,8 @@
-"""Checkpoints on disk: written so that they are whole or not there, verified before they are read, pruned after a newer one is safe.
+"""Checkpoints: written so that they are whole or not there, verified before they are read, deleted after what replaces them is safe.
 
-A checkpoint is a directory `step-00000200` with a `manifest.json` that names every file, its size and its SHA-256. The manifest is
-renamed into place last: without it there is no checkpoint.
+A checkpoint is a folder `step-00000200`. Each rank writes the tensors that it alone holds, or holds first, and what differs from rank
+to rank; then what it wrote, with sizes and SHA-256 hashes, as `rank-00001.json`. Rank 0 waits for those of all, and writes
+`manifest.json`, which names every file: without it there is no checkpoint. No rank waits for another otherwise.
 """
 
 from __future__ import annotations
@@ -9,22 +10,43 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-import os
-import shutil
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sheer.checkpoint.bucket import Folder
+from sheer.checkpoint.disk import step_of, sync
+from sheer.checkpoint.layout import Part
 from sheer.errors import RunError, SheerWarning
 from sheer.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+_TOLD = "rank-{:05d}.json"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a rank adds to a checkpoint."""
+
+    step: int
+    rank: int
+    world_size: int
+    leads: bool  # whether its state has the optimizers of its stage of the model
+    tensors: Mapping[str, Mapping[str, Tensor]]  # by the group that they belong to, then by name
+    parts: Mapping[str, Mapping[str, Part]]  # of those that are only part of a tensor, which part
+    is_whole: bool  # whether the groups of this rank hold all that there is
+    texts: Mapping[str, Any]  # files of JSON, by name
+    facts: Mapping[str, Any]  # more lines of the manifest, such as the metrics
+    logs: Sequence[Path] = ()  # files outside, of which the state says how long they are
 
 
 @dataclass(frozen=True)
@@ -37,167 +59,241 @@ class Saved:
     manifest: Mapping[str, Any]
 
 
-def write_checkpoint(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    texts: Mapping[str, Any],
-    facts: Mapping[str, Any],
-) -> Path:
-    """Write a checkpoint and commit it.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay."""
+
+    last: int = 1  # how many of the newest
+    best: int = 0  # how many of the best by `monitor`
+    every: int | None = None  # those of each n-th step
+    monitor: str | None = None
+    mode: str = "min"
+
+
+def file_of(kind: str, rank: int, world_size: int, is_whole: bool = False) -> str:
+    """Return the name, without its ending, of what a rank writes of a kind: `model`, or `model-00003-of-00008`."""
+    return kind if is_whole or world_size == 1 else f"{kind}-{rank:05d}-of-{world_size:05d}"
+
+
+def write_checkpoint(disk: Folder, name: str, content: Content, timeout: float, gone: Event) -> Saved | None:
+    """Write this rank's part of a checkpoint; rank 0 waits for the others' and commits it. What there was before stays as it is.
 
     Args:
-        directory: the folder of the run's checkpoints.
-        step: the step that the state is of.
-        tensors: for each safetensors file (named without its ending) the tensors in it.
-        texts: for each JSON file (named without its ending) its content.
-        facts: more lines of the manifest, such as the metrics.
+        disk: where the checkpoints are.
+        name: of the new one, which no folder has yet.
+        content: what this rank adds.
+        timeout: how many seconds rank 0 waits for the others.
+        gone: is set where nobody waits for the checkpoint any more.
+
+    Returns:
+        the checkpoint; None on other ranks than the first.
 
     Raises:
-        OSError, SafetensorError: it could not be written; what there was before is as it was.
+        OSError, SafetensorError: it could not be written.
+        RunError: other ranks did not write theirs.
     """
-    final = directory / f"step-{step:08d}"
-    path = directory / f".step-{step:08d}"
-    for rest in directory.glob(".step-*"):  # of saves that were cut off
-        shutil.rmtree(rest, ignore_errors=True)
+    folder = disk.begin(name)
     try:
-        _write_files(path, step, tensors, texts, facts)
-        if final.exists():
-            shutil.rmtree(final)  # of this very step, before it was validated
-        path.rename(final)
+        files = write_files(folder, content)
+        disk.settle(name, list(files))
+        own = {"leads": content.leads, "files": files}
+        if content.rank > 0:
+            disk.write(name, _TOLD.format(content.rank), json.dumps(own))
+            return None
+        for path in (*content.logs, *{log.parent for log in content.logs}):
+            sync(path)
+        told = [own, *(_told_by(disk, name, rank, timeout, gone) for rank in range(1, content.world_size))]
+        manifest = {
+            "format": FORMAT,
+            "step": content.step,
+            "sheer": __version__,
+            "torch": torch.__version__,
+            "world_size": content.world_size,
+            **content.facts,
+            "leads": [rank for rank, one in enumerate(told) if one["leads"]],
+            "files": {file: facts for one in told for file, facts in one["files"].items()},
+        }
+        disk.write(name, MANIFEST, sealed(manifest))
     except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
+        for path in folder.glob(f"*-{content.rank:05d}*" if content.world_size > 1 else "*"):
+            path.unlink(missing_ok=True)  # what a full disk has no room for
+        if content.world_size == 1:
+            with suppress(OSError):
+                folder.rmdir()
         raise
-    _sync_directory(directory)
-    return final
+    return Saved(disk.path(name), content.step, numbers_in(manifest["metrics"]), manifest)
 
 
-def _write_files(
-    path: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    texts: Mapping[str, Any],
-    facts: Mapping[str, Any],
-) -> None:
-    """Write all files of a checkpoint, and its manifest last."""
+def _told_by(disk: Folder, name: str, rank: int, timeout: float, gone: Event) -> dict[str, Any]:
+    """Wait for what another rank says that it wrote."""
+    end = time.monotonic() + timeout
+    while True:
+        text = disk.read(name, _TOLD.format(rank))
+        try:
+            return dict(json.loads(text or ""))
+        except ValueError:  # it is not there, or not as a whole
+            if time.monotonic() > end or gone.is_set():
+                raise RunError(f"Rank {rank} has not written its part of {disk}/{name} within {timeout:g} s.") from None
+        time.sleep(disk.patience)
+
+
+def write_files(folder: Path, content: Content) -> dict[str, dict[str, Any]]:
+    """Write tensors and texts, and return the size and the hash of each file."""
     from safetensors.torch import save_file
 
-    path.mkdir(parents=True)
-    for name, group in tensors.items():
-        save_file(independent(group), path / f"{name}.safetensors")
-    for name, content in texts.items():
-        (path / f"{name}.json").write_text(json.dumps(content, allow_nan=False))
-    files = {}
-    for file in sorted(path.iterdir()):
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
-            files[file.name] = {
-                "size": file.stat().st_size,
-                "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
-            }
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "sheer": __version__,
-        "torch": torch.__version__,
-        **facts,
-        "files": files,
-    }
-    _replace_text(path / MANIFEST, json.dumps(manifest, indent=1))
+    names = []
+    for group, tensors in content.tensors.items():
+        if tensors or content.is_whole:
+            all_of_it = content.is_whole and group != "state"
+            names.append(f"{file_of(group, content.rank, content.world_size, all_of_it)}.safetensors")
+            parts = {name: [part.begins, part.shape] for name, part in content.parts.get(group, {}).items()}
+            save_file(
+                dict(tensors), folder / names[-1], {"format": "pt", **({"parts": json.dumps(parts)} if parts else {})}
+            )
+    for text, value in content.texts.items():
+        names.append(f"{file_of(text, content.rank, content.world_size)}.json")
+        (folder / names[-1]).write_text(json.dumps(value, allow_nan=False))
+    return {name: {"size": (folder / name).stat().st_size, "sha256": hash_of(folder / name)} for name in names}
 
 
-def independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors on the CPU that share no memory, so that each name can be loaded by itself (tied weights are written twice)."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        copy = tensor.detach().to("cpu").contiguous()
-        storage = copy.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != copy.numel() * copy.element_size():
-            copy = copy.clone()
-        seen.add(copy.untyped_storage().data_ptr())
-        out[name] = copy
-    return out
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _replace_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, even if the power goes."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    _sync_directory(path.parent)
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """Return a manifest as text, with the hash of the rest of it."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of a checkpoint's folder.
+
+    Raises:
+        RunError: there is none, it is damaged, or of another format.
+    """
+    if not (path / MANIFEST).is_file():
+        raise RunError(f"{path} is no complete checkpoint: it has no {MANIFEST}, so its save was cut off.")
+    return manifest_from((path / MANIFEST).read_bytes(), str(path), path.resolve().name)
+
+
+def manifest_from(text: bytes, path: str, name: str) -> dict[str, Any]:
+    """Return what the text of a manifest says.
+
+    Args:
+        text: of the file.
+        path: of the checkpoint, for messages.
+        name: of its folder.
+
+    Raises:
+        RunError: it is damaged, or of another format, or does not say what a manifest says.
+    """
+    file = f"{path}/{MANIFEST}"
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        manifest: dict[str, Any] = json.loads(text)
+        version, digest = manifest["format"], manifest.pop("sha256", None)
+        is_as_written = digest is not None and sealed(manifest).encode() == text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{file} is damaged: {error!r}.") from error
+    if version != FORMAT:
+        raise RunError(
+            f"{path} was written by sheer {manifest.get('sheer')} in format {version}; this one reads format {FORMAT}."
+        )
+    if not is_as_written:
+        raise RunError(f"{file} is damaged: its content is not what was written (SHA-256).")
+    if not is_complete(manifest):
+        raise RunError(f"{file} is not what a save writes: its entries are missing, or of another kind.")
+    strange = [file for file in manifest["files"] if file in ("", "..") or Path(file).name != file]
+    if strange:
+        raise RunError(f"{path}/{MANIFEST} names {strange[0]!r}, which is no file of the checkpoint's own folder.")
+    stated = step_of(name)
+    if stated is not None and stated[0] != manifest["step"]:
+        raise RunError(f"{path} is of step {manifest['step']}, and its name says otherwise: was it renamed?")
+    return manifest
 
 
-def committed(directory: Path) -> list[Saved]:
-    """Return the checkpoints in a folder, oldest first; directories without a manifest are none."""
+def is_complete(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest has the entries that are read, each of its kind."""
+    kinds = {"step": int, "world_size": int, "run_id": str, "metrics": dict, "settings": dict, "leads": list}
+    files = manifest.get("files")
+    return (
+        all(isinstance(manifest.get(name), kind) for name, kind in kinds.items())
+        and bool(manifest["leads"])
+        and all(rank in range(manifest["world_size"]) for rank in manifest["leads"])
+        and isinstance(files, dict)
+        and all(isinstance(f, dict) and isinstance(f.get("size"), int) and "sha256" in f for f in files.values())
+    )
+
+
+def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that can be compared: not those that are NaN or infinite, which a manifest holds as texts."""
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+
+
+def committed(disk: Folder, *, quiet: bool = False) -> list[Saved]:
+    """Return the checkpoints in a folder, oldest first; one whose manifest is damaged is warned of, unless that is to be `quiet`."""
     found = []
-    for path in sorted(directory.glob("step-*")):
-        if not path.is_symlink() and (path / MANIFEST).is_file():
+    for name in disk.names():
+        text, path = disk.read(name, MANIFEST), disk.path(name)
+        if text is not None:
             try:
-                manifest = json.loads((path / MANIFEST).read_text())
-                values = manifest["metrics"].items()
-                step = int(manifest["step"])
-            except (ValueError, KeyError, TypeError, AttributeError):
-                warnings.warn(
-                    f"{path / MANIFEST} is damaged; the checkpoint is passed over.", SheerWarning, stacklevel=2
-                )
+                manifest = manifest_from(text, f"{disk}/{name}", name)
+            except RunError as error:
+                if not quiet:
+                    warnings.warn(f"{error} The checkpoint is passed over.", SheerWarning, stacklevel=2)
                 continue
-            metrics = {name: value for name, value in values if isinstance(value, (int, float))}
-            found.append(Saved(path, step, metrics, manifest))
-    return sorted(found, key=operator.attrgetter("step"))
+            found.append(Saved(path, manifest["step"], numbers_in(manifest["metrics"]), manifest))
+    return found
 
 
-def verify(path: Path) -> Mapping[str, Any]:
-    """Check every file of a checkpoint against its manifest, which is returned.
+def verify(path: Path, part: tuple[int, int] = (0, 1)) -> Mapping[str, Any]:
+    """Check the files of a checkpoint against its manifest, which is returned.
+
+    Args:
+        path: its folder.
+        part: which of them: (k, n) is every n-th from the k-th on, where ranks share the work.
 
     Raises:
         RunError: there is no manifest, or a file is missing, of another size or of other content; it names the file.
     """
-    if not (path / MANIFEST).is_file():
-        raise RunError(f"{path} is no complete checkpoint: it has no {MANIFEST}, so its save was cut off.")
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"].items()
-    except (ValueError, KeyError, AttributeError) as error:
-        raise RunError(f"{path / MANIFEST} is damaged: {error}.") from error
-    if manifest["format"] > FORMAT:
-        raise RunError(
-            f"{path} was written by sheer {manifest['sheer']} in format {manifest['format']}; this one reads up to {FORMAT}."
-        )
-    for name, expected in files:
-        file = path / name
-        if not file.is_file():
-            raise RunError(f"{file} is missing.")
-        if file.stat().st_size != expected["size"]:
-            raise RunError(f"{file} has {file.stat().st_size} bytes, and {expected['size']} were written.")
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
-                raise RunError(f"{file} is damaged: its content is not what was written (SHA-256).")
+    manifest = read_manifest(path)
+    for name in sorted(manifest["files"])[part[0] :: part[1]]:
+        check_file(path, name, manifest["files"][name], hash_of)
     return manifest
 
 
-def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """Read one safetensors file of a checkpoint; empty where the checkpoint has none of that name."""
-    from safetensors.torch import load_file
+def brought(disk: Folder, name: str) -> Path:
+    """Bring this process's part of a checkpoint to where it can be read, verified; return the folder.
 
-    file = path / f"{name}.safetensors"
-    return load_file(file) if file.exists() else {}
+    Raises:
+        RunError: it is damaged; the error names the file.
+    """
+    manifest = manifest_from(disk.read(name, MANIFEST) or b"", f"{disk}/{name}", name)
+    folder = disk.bring(name, [MANIFEST, *sorted(manifest["files"])[disk.part[0] :: disk.part[1]]])
+    try:
+        verify(folder, disk.part)
+    except RunError as error:
+        raise RunError(str(error).replace(str(folder), f"{disk}/{name}")) from error
+    return folder
 
 
-def read_text(path: Path, name: str) -> Any:
-    """Read one JSON file of a checkpoint."""
-    return json.loads((path / f"{name}.json").read_text())
+def check_file(path: Path, name: str, expected: Mapping[str, Any], digest: Callable[[Path], str]) -> None:
+    """Compare a file of a checkpoint with what its manifest says of it; `digest` returns the hash of a file.
+
+    Raises:
+        RunError: it is missing, a link, of another size or of other content.
+    """
+    file = path / name
+    if file.is_symlink():
+        raise RunError(f"{file} is a link, and a save writes none: what it points at is not read.")
+    if not file.is_file():
+        raise RunError(f"{file} is missing.")
+    if file.stat().st_size != expected["size"]:
+        raise RunError(f"{file} has {file.stat().st_size} bytes, and {expected['size']} were written.")
+    if digest(file) != expected["sha256"]:
+        raise RunError(f"{file} is damaged: its content is not what was written (SHA-256).")
 
 
 def ranked(saves: Sequence[Saved], monitor: str | None, mode: str) -> list[Saved]:
@@ -209,28 +305,36 @@ def ranked(saves: Sequence[Saved], monitor: str | None, mode: str) -> list[Saved
     return [saved for _, _, saved in sorted(known, key=operator.itemgetter(0, 1))]
 
 
-def prune(directory: Path, step: int, *, keep_last: int, keep_best: int, monitor: str | None, mode: str) -> None:
-    """Point `last` and `best` at the newest and the best checkpoint, then delete what is neither among the last nor the best.
+def staying_of(saves: Sequence[Saved], keep: Retention) -> list[Saved]:
+    """Return which of a run's checkpoints, oldest first, stay: of each step at most the newest."""
+    newest = list({saved.step: saved for saved in saves}.values())
+    best = ranked(newest, keep.monitor, keep.mode)[: keep.best]
+    every = [saved for saved in newest if keep.every is not None and saved.step % keep.every == 0]
+    chosen = {saved.path for saved in [*newest[-keep.last :], *best, *every]}
+    return [saved for saved in newest if saved.path in chosen]
 
-    The newest is that of `step`, which was just written. One of a later step was found damaged, and the run went on from an older
-    one: it counts for nothing, or the good ones would be deleted in its favour.
+
+def prune(disk: Folder, saves: Sequence[Saved], keep: Retention) -> list[Saved]:
+    """Point `last` and `best` at the newest and the best checkpoint, then delete the others that do not stay; return those that do.
+
+    Args:
+        disk: where they are.
+        saves: the checkpoints of this run, oldest first, down to the one that was just written. Others in the folder are of later steps,
+            found damaged before the run went on from an older one, or the rest of saves that were cut off: where their names say so,
+            they are deleted; or of other runs, and stay.
+        keep: which stay.
     """
-    found = committed(directory)
-    saves = [saved for saved in found if saved.step <= step]
-    best = ranked(saves, monitor, mode)[:keep_best]
-    kept = {saved.path for saved in [*saves[-keep_last:], *best]}
-    if saves:
-        _link(directory / "last", saves[-1].path)
-    if best:
-        _link(directory / "best", best[0].path)
-    for saved in found:
-        if saved.path not in kept:
-            (saved.path / MANIFEST).unlink()  # from here on it is no checkpoint, so a cut in between leaves no half one
-            shutil.rmtree(saved.path)
+    staying = staying_of(saves, keep)
+    point_links(disk, staying, keep)
+    for saved in saves:
+        if saved not in staying:
+            disk.remove(saved.path.name, MANIFEST)
+    return staying
 
 
-def _link(link: Path, target: Path) -> None:
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    temporary.replace(link)
+def point_links(disk: Folder, saves: Sequence[Saved], keep: Retention) -> None:
+    """Point `last` and `best` at the newest and the best of some checkpoints, oldest first, where they do not yet."""
+    best = ranked(saves, keep.monitor, keep.mode)[: min(keep.best, 1)]
+    for link, saved in [*(("last", saved) for saved in saves[-1:]), *(("best", saved) for saved in best)]:
+        if disk.pointed(link) != saved.path.name:
+            disk.point(link, saved.path.name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,21 @@ from sheer.errors import DataError
 
 
 class StepBatch(list[tuple[Any, int]]):
-    """What one step trains on: the loader's batches (several with `accumulate_grad_batches`), each with its number of samples."""
+    """What one step trains on: the loader's batches (several with `accumulate_grad_batches`), each with its number of samples.
+
+    Attributes:
+        total: the samples of the step, those of other ranks counted in.
+        largest: for each batch the most samples that a rank has of it.
+    """
+
+    total: int = 0
+    largest: Sequence[int] = ()
+
+    def holding(self, parts: Iterable[tuple[Any, int]]) -> StepBatch:
+        """Return a step that holds other parts, and is the same otherwise."""
+        step = StepBatch(parts)
+        step.total, step.largest = self.total, self.largest
+        return step
 
 
 def move(value: Any, device: torch.device, dtype: torch.dtype | None = None, pin: bool = False) -> Any:
@@ -49,7 +64,8 @@ def move(value: Any, device: torch.device, dtype: torch.dtype | None = None, pin
 
 def _packed(value: PackedSequence, device: torch.device, dtype: torch.dtype | None) -> PackedSequence:
     """Move the data and the orders of a packed sequence; its batch sizes stay on the host, where they must be."""
-    orders = [None if order is None else order.to(device) for order in (value.sorted_indices, value.unsorted_indices)]
+    given = (value.sorted_indices, value.unsorted_indices)
+    orders = [None if order is None else order.to(device) for order in given]
     return PackedSequence(value.data.to(device, dtype), value.batch_sizes, *orders)
 
 
@@ -63,37 +79,45 @@ def _rebuilt(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 def count_samples(batch: Any) -> int:
     """Count the samples of a batch: the leading dimension of the first tensor in it, 1 where there is none."""
-    first = next(_tensors(batch), None)
+    first = next(tensors_in(batch), None)
     if isinstance(first, PackedSequence):
         return int(first.batch_sizes[0])
     return first.shape[0] if first is not None and first.dim() > 0 else 1
 
 
-def _tensors(value: Any) -> Iterator[Tensor | PackedSequence]:
+def tensors_in(value: Any) -> Iterator[Tensor | PackedSequence]:
     """Yield the tensors in a batch, in order."""
     if isinstance(value, (Tensor, PackedSequence)):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
+            yield from tensors_in(getattr(value, field.name))
+
+
+def fingerprint(batch: Any) -> int | None:
+    """Return a number that tells the tensors of a batch from others; None where it holds none."""
+    marks = [
+        zlib.crc32(value.detach().cpu().numpy().tobytes()) for value in tensors_in(batch) if isinstance(value, Tensor)
+    ]
+    return hash(tuple(marks)) if marks else None
 
 
 def same_tensors(one: Any, other: Any) -> bool:
     """Whether two batches hold tensors, and the same ones."""
-    pairs = list(itertools.zip_longest(_tensors(one), _tensors(other)))
+    pairs = list(itertools.zip_longest(tensors_in(one), tensors_in(other)))
     return bool(pairs) and all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
 def micro_batches(batch: list[tuple[Any, int]], size: int) -> Iterator[tuple[Any, int]]:
     """Cut the batches of a step into micro-batches of at most `size` samples, each with its number of samples."""
     for part, samples in batch:
-        for start in range(0, samples, size):
+        for start in range(0, max(samples, 1), size):  # one without samples is run all the same, and counts for nothing
             stop = min(start + size, samples)
             yield (part if stop - start == samples else cut(part, samples, start, stop)), stop - start
 

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from sheer.data.combined import CombinedSource
 from sheer.data.order import GlobalSampler, mix_seed
 from sheer.data.source import GlobalOrderSource, IterableSource, OwnOrderSource, Source, StatefulSource, sized
+from sheer.distributed.mesh import Ranks
 from sheer.errors import DataError
 
 
@@ -44,7 +45,13 @@ def check_loader(loader: Any, what: str, *, passes: int) -> None:
 
 
 def make_source(
-    loader: Any, *, seed: int, device: torch.device, resume_by_skipping: bool = False, same_epoch: bool = False
+    loader: Any,
+    *,
+    seed: int,
+    device: torch.device,
+    resume_by_skipping: bool = False,
+    same_epoch: bool = False,
+    ranks: Ranks | None = None,
 ) -> Source:
     """Choose the case that `loader` is; `same_epoch` says that its first epoch is to be seen again and again.
 
@@ -56,7 +63,12 @@ def make_source(
         seeds = (seed if index == 0 else mix_seed(seed, index) for index in itertools.count())
         sources = {
             name: make_source(
-                part, seed=own, device=device, resume_by_skipping=resume_by_skipping, same_epoch=same_epoch
+                part,
+                seed=own,
+                device=device,
+                resume_by_skipping=resume_by_skipping,
+                same_epoch=same_epoch,
+                ranks=ranks,
             )
             for (name, part), own in zip(loader.items(), seeds, strict=False)
         }
@@ -67,11 +79,16 @@ def make_source(
         return StatefulSource(loader)
     if isinstance(loader, DataLoader) and _is_map_style(loader) and type(loader).__iter__ is DataLoader.__iter__:
         if _has_default_order(loader):
-            return GlobalOrderSource(loader, seed=seed, device=device)
-        return OwnOrderSource(loader, seed=seed, device=device, same_epoch=same_epoch)
+            return GlobalOrderSource(loader, seed=seed, device=device, ranks=ranks)
+        if isinstance(loader.sampler, DistributedSampler) and ranks is not None:
+            raise DataError(
+                "The training loader has a DistributedSampler, and each rank would train on a part of its part. Leave it out "
+                "(DataLoader(dataset, batch_size=..., shuffle=True)): every batch is divided over the ranks."
+            )
+        return OwnOrderSource(loader, seed=seed, device=device, same_epoch=same_epoch, ranks=ranks)
     if same_epoch and not isinstance(loader, Sequence):
         raise _may_differ(loader)
-    return IterableSource(loader, resume_by_skipping=resume_by_skipping)
+    return IterableSource(loader, resume_by_skipping=resume_by_skipping, ranks=ranks)
 
 
 def _may_differ(loader: Any) -> DataError:

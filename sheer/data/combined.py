@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sheer.data.source import Source
+from sheer.data.source import Source, Taken
 from sheer.errors import DataError
 from sheer.random import random_state, set_random_state
 
@@ -28,10 +28,17 @@ class CombinedSource:
         self.batches_per_epoch: int | None = self.longest
         # How far a shorter one has come is saved as it is: then nothing may be fetched ahead.
         self.in_workers = all(part.source.in_workers and part.length == self.longest for part in self.passes.values())
+        self.shared = all(part.source.shared for part in self.passes.values())
+        if any(part.source.shared for part in self.passes.values()) and not self.shared:
+            raise DataError(
+                "Of the loaders in the dict some are divided over the ranks, and some give each rank its own: "
+                + "; ".join(f"{name}: {source.described}" for name, source in sources.items())
+                + ". Give loaders of one kind."
+            )
         self.reopens = True  # what a single loader draws at another time is undone, in `Passes.open`
         self.described = "; ".join(f"{name}: {source.described}" for name, source in sources.items())
 
-    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
+    def epoch(self, epoch: int, start: int) -> Iterator[Taken]:
         """Open an epoch of the longest at its batch `start`; the samples of a step are those of the first loader."""
         for part in self.passes.values():
             if part.length == self.longest or (epoch == 0 and start == 0):
@@ -42,10 +49,10 @@ class CombinedSource:
                 part.open()
         return self._zipped(self.longest - start)
 
-    def _zipped(self, batches: int) -> Iterator[tuple[Any, int]]:
+    def _zipped(self, batches: int) -> Iterator[Taken]:
         for _ in range(batches):
             taken = [part.take() for part in self.passes.values()]
-            yield {name: batch for name, (batch, _) in zip(self.passes, taken, strict=True)}, taken[0][1]
+            yield {name: parts[0] for name, parts in zip(self.passes, taken, strict=True)}, *taken[0][1:]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each, and how far it has come."""
@@ -80,13 +87,13 @@ class Passes:
         self.name, self.source, self.length = name, source, source.batches_per_epoch or 0
         self.number, self.batch = 0, 0
         self.begun = False  # whether a pass was opened, in this process or in that of which it is the resume
-        self.batches: Iterator[tuple[Any, int]] | None = None
+        self.batches: Iterator[Taken] | None = None
 
     def go_to(self, number: int, batch: int) -> None:
         """Be at a batch of a pass; it is opened when it is needed."""
         self.number, self.batch, self.batches = number, batch, None
 
-    def open(self) -> Iterator[tuple[Any, int]]:
+    def open(self) -> Iterator[Taken]:
         """Open the pass where it is. What is drawn for that on resume, and was not in the run that was stopped, is put back."""
         draws = self.batch == 0 and (not self.begun or self.source.reopens)
         before = None if draws else random_state()
@@ -95,7 +102,7 @@ class Passes:
             set_random_state(before)
         return self.batches
 
-    def take(self) -> tuple[Any, int]:
+    def take(self) -> Taken:
         """Return the next batch; behind the last of a pass comes the first of the next."""
         taken = next(self.open() if self.batches is None else self.batches, None)
         if taken is None:

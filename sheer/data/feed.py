@@ -11,7 +11,11 @@ from typing import Any
 import torch
 
 from sheer.data.batch import StepBatch, move
-from sheer.data.source import IterableSource, Source
+from sheer.data.order import limited
+from sheer.data.shares import counted_steps, grouped_shares, with_own_sequences
+from sheer.data.source import GlobalOrderSource, IterableSource, Source, Taken
+from sheer.distributed.agree import gathered
+from sheer.distributed.mesh import Ranks
 from sheer.errors import DataError, SheerWarning
 from sheer.progress import Progress
 from sheer.random import random_state, set_random_state, snapshot
@@ -21,6 +25,8 @@ class TrainingData:
     """Yields what each step trains on.
 
     Attributes:
+        batch_size: samples in a batch of the loader, where it is known.
+        samples_per_epoch: in the loader, where it is known.
         steps_per_epoch: steps in one epoch, or None where only its end tells.
         yielded: what the step that runs trains on.
         at_end: whether it is the last of its epoch.
@@ -35,15 +41,23 @@ class TrainingData:
         limit: int | float | None = None,
         same_epoch: bool = False,
         dtype: torch.dtype | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.source, self.device, self.dtype, self.accumulate = source, device, dtype, accumulate
-        self.same_epoch = same_epoch
-        self.batches_per_epoch = limited(source.batches_per_epoch, limit)
+        self.same_epoch, self.ranks = same_epoch, ranks
+        length = source.batches_per_epoch
+        if ranks is not None and not source.shared:  # an epoch is as long as the longest of the ranks' loaders
+            lengths = gathered(length)
+            length = None if None in lengths else max(each for each in lengths if each is not None)
+        self.batches_per_epoch = limited(length, limit)
         self.steps_per_epoch = None if self.batches_per_epoch is None else -(-self.batches_per_epoch // accumulate)
         self.knows_length_from_user = (
-            isinstance(source, IterableSource) and source.batches_per_epoch is not None and limit is None
+            isinstance(source, IterableSource) and length is not None and limit is None and ranks is None
         )
+        self.batch_size = source.batch_size if isinstance(source, GlobalOrderSource) else None
+        self.samples_per_epoch = source.sampler.samples if isinstance(source, GlobalOrderSource) else 0
         self.yielded: StepBatch | None = None
+        self.owed: Callable[[], bool] | None = None  # comes before the first step; returns whether there is to be none
         self.at_end = False
         self.described = f"{source.described}; {accumulate} batches a step" if accumulate > 1 else source.described
         self.moves = device.type != "cpu" or dtype is not None
@@ -62,16 +76,20 @@ class TrainingData:
         while True:
             epoch, start = progress.epoch, progress.batch
             if restore_random is not None and start == 0 and (epoch == 0 or self.source.reopens):
-                restore_random()
+                if self._is_over(restore_random):
+                    return
                 restore_random = None
             opened = batches = self.source.epoch(0 if self.same_epoch else epoch, start)
             if self.batches_per_epoch is not None:
                 batches = itertools.islice(batches, self.batches_per_epoch - start)
             if restore_random is not None and self._fetch_under is None:
-                restore_random()
+                if self._is_over(restore_random):
+                    return
                 restore_random = None
-            yield from self._epoch(grouped(batches, self.accumulate), start, restore_random)
+            yield from self._epoch(self._steps_of(batches), start, restore_random)
             restore_random = None
+            if progress.stopped_by is not None:  # before the first step
+                return
             if progress.epoch == epoch:
                 raise self._ended_early(progress)
             if self.knows_length_from_user and next(opened, None) is not None:
@@ -82,6 +100,16 @@ class TrainingData:
                     stacklevel=2,
                 )
             del opened, batches  # and with them their workers, before the next epoch starts its own
+
+    def _steps_of(self, batches: Iterator[Taken]) -> Iterator[StepBatch]:
+        """Group batches into steps."""
+        if self.ranks is None:
+            return grouped(batches, self.accumulate)
+        if self.source.shared:
+            steps = grouped_shares(batches, self.accumulate, self.ranks)
+        else:
+            steps = counted_steps(grouped(batches, self.accumulate), self.ranks)
+        return steps if self.ranks.parallel.cp == 1 else with_own_sequences(steps, self.ranks)
 
     def _epoch(
         self, steps: Iterator[StepBatch], start: int, restore_random: Callable[[], None] | None
@@ -107,8 +135,8 @@ class TrainingData:
             set_random_state(self._fetch_under)
             self._fetch_under = None
         following = next(steps, None)
-        if restore_random is not None:
-            restore_random()
+        if restore_random is not None and self._is_over(restore_random):
+            return
         while following is not None:
             step, before, taken = following, self.source.state_dict(), snapshot()
             following = next(steps, None)
@@ -117,9 +145,14 @@ class TrainingData:
             self.yielded = self._moved(step) if self.moves else step
             yield self.yielded
 
+    def _is_over(self, restore_random: Callable[[], None]) -> bool:
+        """Put the random states back, and do what an earlier session has left; whether the run is over with that."""
+        restore_random()
+        return self.owed is not None and self.owed()
+
     def _moved(self, step: StepBatch) -> StepBatch:
         pin = self.device.type == "cuda"
-        return StepBatch((move(part, self.device, self.dtype, pin), samples) for part, samples in step)
+        return step.holding((move(part, self.device, self.dtype, pin), samples) for part, samples in step)
 
     def _ended_early(self, progress: Progress) -> DataError:
         if self.batches_per_epoch is None:
@@ -162,31 +195,18 @@ class TrainingData:
         self._fetch_under = state["random"]
 
 
-def limited(batches: int | None, limit: int | float | None) -> int | None:
-    """Return how many batches of an epoch are used: at most an int, or a share (at least one batch) of a known number."""
-    if limit is None:
-        return batches
-    if isinstance(limit, float):
-        if batches is None:
-            raise DataError(
-                f"A limit of {limit} is a share of the loader's length, and the loader has none. Give a number of batches."
-            )
-        return max(1, int(batches * limit)) if limit > 0 else 0
-    return limit if batches is None else min(limit, batches)
-
-
-def grouped(batches: Iterator[tuple[Any, int]], size: int) -> Iterator[StepBatch]:
+def grouped(batches: Iterator[Taken], size: int) -> Iterator[StepBatch]:
     """Put `size` batches of the loader in a step; the last step of an epoch takes what is left."""
     if size == 1:
         return map(_alone, batches)
     return iter(functools.partial(_next_of, batches, size), StepBatch())
 
 
-def _next_of(batches: Iterator[tuple[Any, int]], size: int) -> StepBatch:
+def _next_of(batches: Iterator[Taken], size: int) -> StepBatch:
     return StepBatch(itertools.islice(batches, size))
 
 
-def _alone(batch: tuple[Any, int]) -> StepBatch:
+def _alone(batch: Taken) -> StepBatch:
     return StepBatch((batch,))
 
 
@@ -212,4 +232,4 @@ def _copied(
         return None
     stream.wait_stream(torch.accelerator.current_stream(device))
     with stream:
-        return StepBatch((move(part, device, dtype, pin=True), samples) for part, samples in step)
+        return step.holding((move(part, device, dtype, pin=True), samples) for part, samples in step)

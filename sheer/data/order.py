@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from sheer.errors import DataError
+
 INDEXED_ABOVE = 10_000_000  # samples; a permutation above this is computed index by index, not held
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 _CHUNK = 8192  # indices turned into Python integers at a time
@@ -62,6 +64,13 @@ class GlobalSampler(Sampler[int]):
             slices = ((at, min(at + _CHUNK, self.samples)) for at in range(self.start, self.samples, _CHUNK))
         for start, stop in slices:
             yield from range(start, stop) if order is None else order[start:stop]
+
+    def batches(self) -> Iterator[list[int]]:
+        """Yield the indices of each global batch, from the start that was chosen on."""
+        order = permutation(self.total, self.seed, self.epoch) if self.shuffle else None
+        for start in range(self.start, self.samples, self.batch_size):
+            stop = min(start + self.batch_size, self.samples)
+            yield list(range(start, stop)) if order is None else order[start:stop]
 
     def _slices(self) -> Iterator[tuple[int, int]]:
         """Where this rank's part of each global batch starts and stops in the epoch's order."""
@@ -144,3 +153,16 @@ def mix_seed(*numbers: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return state >> 1
+
+
+def limited(batches: int | None, limit: int | float | None) -> int | None:
+    """Return how many batches of an epoch are used: at most an int, or a share (at least one batch) of a known number."""
+    if limit is None:
+        return batches
+    if isinstance(limit, float):
+        if batches is None:
+            raise DataError(
+                f"A limit of {limit} is a share of the loader's length, and the loader has none. Give a number of batches."
+            )
+        return max(1, int(batches * limit)) if limit > 0 else 0
+    return limit if batches is None else min(limit, batches)

@@ -25,8 +25,13 @@ from torch.utils.data import (
 
 from sheer.data.batch import count_samples, same_tensors
 from sheer.data.order import GlobalSampler, mix_seed
+from sheer.data.shares import GlobalBatches, Shares, cut_shares
+from sheer.distributed.agree import agreed, is_other_rank
+from sheer.distributed.mesh import Ranks
 from sheer.errors import DataError, SheerWarning
 from sheer.random import random_state, seed_sample, set_generators, set_random_state, set_states_of, states_of
+
+Taken = tuple[Any, ...]  # a batch and its samples; behind them those of the whole batch, where it is a part of one
 
 
 class Source(Protocol):
@@ -35,9 +40,10 @@ class Source(Protocol):
     described: str  # for the start-up line
     batches_per_epoch: int | None  # None: only the end of an epoch tells
     in_workers: bool  # whether fetching a batch draws no random number in this process
+    shared: bool  # whether it yields this rank's part of batches whose sizes it knows; else each rank's loader gives its own
     reopens: bool  # whether opening an epoch draws from this process; workers that persist draw only at their first
 
-    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
+    def epoch(self, epoch: int, start: int) -> Iterator[Taken]:
         """Open an epoch at its batch `start`; yield each batch with its number of samples."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,7 +59,8 @@ class Source(Protocol):
 class GlobalOrderSource:
     """A map-style DataLoader in its default order: rebuilt over a `GlobalSampler`. Any position opens at once."""
 
-    def __init__(self, loader: DataLoader[Any], *, seed: int, device: torch.device) -> None:
+    def __init__(self, loader: DataLoader[Any], *, seed: int, device: torch.device, ranks: Ranks | None = None) -> None:
+        self.ranks, self.shared = ranks, ranks is not None
         own = loader.sampler if isinstance(loader.sampler, GlobalSampler) else None
         shuffle = own.shuffle if own is not None else isinstance(loader.sampler, RandomSampler)
         seed = own.seed if own is not None else generator_seed(loader, seed)
@@ -70,6 +77,9 @@ class GlobalOrderSource:
         }
         if self.in_workers:
             batching["sampler"] = KeyedSampler(self.sampler)
+        self.shares = Shares(GlobalBatches(self.sampler), ranks) if ranks is not None and not self.one_by_one else None
+        if self.shares is not None:
+            batching = {"batch_sampler": KeyedSampler(self.shares, lists=True) if self.in_workers else self.shares}
         self.loader = rebuilt(loader, batching, seed=seed, device=device)
         self.generators = generators_of(loader)
         self.reopens = not loader.persistent_workers
@@ -84,10 +94,15 @@ class GlobalOrderSource:
             )
             raise DataError(f"The training loader is empty: there is no batch to train on.{dropped}")
 
-    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
+    def epoch(self, epoch: int, start: int) -> Iterator[Taken]:
         """Open an epoch at its batch `start`, without reading what comes before."""
         self.sampler.set_epoch(epoch, start * self.batch_size)
+        if self.shares is not None:
+            self.shares.epoch = epoch
+            return self.shares.taken(iter(self.loader))
         batches = iter(self.loader)
+        if self.ranks is not None:
+            return cut_shares(batches, self.ranks)
         if self.one_by_one:
             return ((batch, count_samples(batch)) for batch in batches)
         full, rest = divmod(self.sampler.samples - start * self.batch_size, self.batch_size)
@@ -113,7 +128,7 @@ class GlobalOrderSource:
             if state[name] != self.state_dict()[name]:
                 raise DataError(
                     f"The run was made with {state[name]} {what}, and now there are {self.state_dict()[name]}: it cannot go on "
-                    "with the same order. Give it the same data and batch_size, or start a new run in another run_dir."
+                    "with the same order. Give it the same data, batch_size and drop_last, or start a new run in another run_dir."
                 )
         if state["shuffle"] != self.sampler.shuffle:
             raise DataError(
@@ -134,11 +149,22 @@ class OwnOrderSource:
     With `same_epoch` they are replayed in each epoch.
     """
 
-    def __init__(self, loader: DataLoader[Any], *, seed: int, device: torch.device, same_epoch: bool = False) -> None:
-        self.order = ReplayedSampler(loader, same_epoch=same_epoch)
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        *,
+        seed: int,
+        device: torch.device,
+        same_epoch: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks, self.shared = ranks, ranks is not None
+        self.order = ReplayedSampler(loader, same_epoch=same_epoch, ranks=ranks)
         self.in_workers = loader.num_workers > 0
+        self.shares = Shares(self.order, ranks) if ranks is not None and loader.batch_sampler is not None else None
+        divided: Sampler[Any] = self.order if self.shares is None else self.shares
         order: Sampler[Any] = (
-            KeyedSampler(self.order, lists=loader.batch_sampler is not None) if self.in_workers else self.order
+            KeyedSampler(divided, lists=loader.batch_sampler is not None) if self.in_workers else divided
         )
         batching: dict[str, Any] = (
             {"batch_sampler": order} if loader.batch_sampler is not None else {"batch_size": None, "sampler": order}
@@ -154,12 +180,17 @@ class OwnOrderSource:
         if self.batches_per_epoch == 0:
             raise DataError(f"The training loader is empty: its {name} yields no index.")
 
-    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
+    def epoch(self, epoch: int, start: int) -> Iterator[Taken]:
         """Open an epoch at its batch `start`: the indices before it are drawn again, not read."""
         goes_on = self.order.drawn_under is not None and start == 0
         late = self.persistent and not self.opened and goes_on  # the run goes on; its workers are new
         self.order.open(epoch, start, states_of(self.order.generators) if late else None)
         self.opened = True
+        if self.shares is not None:
+            self.shares.epoch = epoch
+            return self.shares.taken(iter(self.loader))
+        if self.ranks is not None:
+            return cut_shares(iter(self.loader), self.ranks)
         return ((batch, count_samples(batch)) for batch in iter(self.loader))
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,8 +212,8 @@ class OwnOrderSource:
 class ReplayedSampler(Sampler[Any]):
     """A user's sampler or batch sampler, whose random states at the start of an epoch are kept, so that it can be drawn again."""
 
-    def __init__(self, loader: DataLoader[Any], *, same_epoch: bool) -> None:
-        self.same_epoch = same_epoch
+    def __init__(self, loader: DataLoader[Any], *, same_epoch: bool, ranks: Ranks | None = None) -> None:
+        self.same_epoch, self.ranks = same_epoch, ranks
         self.inner: Iterable[Any] = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self.samplers: list[Any] = [
             loader.sampler,
@@ -211,15 +242,20 @@ class ReplayedSampler(Sampler[Any]):
         if replayed and begun is not None:
             set_states_of(self.generators, begun)
         else:
-            self.drawn_under = now
+            self.drawn_under = agreed(self.ranks, now)
+            if is_other_rank(self.ranks):  # all draw the order that rank 0 does
+                set_states_of(self.generators, self.drawn_under)
         # All at once where the end is known: what a sampler draws must not mix with what the training draws.
-        indices = iter(list(self.inner)) if self.length is not None else iter(self.inner)
+        at_once = self.length is not None or self.ranks is not None
+        indices = iter(list(self.inner)) if at_once else iter(self.inner)
         for _ in range(self.start):
             next(indices)
         if replayed:  # a loader that shares its generator with the sampler drew from it to start: not so before
             saved = self.saved_generators if self.start > 0 else None
             generators = now["generators"] if saved is None else saved
             set_states_of(self.generators, {"process": now["process"], "generators": generators})
+        elif is_other_rank(self.ranks):
+            set_random_state(now["process"])
         self.start, self.saved_generators = 0, None
         yield from indices
 
@@ -231,6 +267,7 @@ class StatefulSource:
         self.loader = loader
         self.batches_per_epoch = sized(loader)
         self.reopens = True
+        self.shared = False
         self.in_workers = False  # its state must be that of the last batch trained on, so nothing is fetched ahead
         self.ended = True  # whether the loader was iterated to its end, rather than left by a limit
         self.loaded = False  # whether the next epoch is the first after `load_state_dict`
@@ -281,8 +318,9 @@ def draws_twice(loader: Any) -> bool:
 class IterableSource:
     """Any other iterable of batches. A list can be entered anywhere; others only from their start, or by skipping."""
 
-    def __init__(self, loader: Iterable[Any], *, resume_by_skipping: bool) -> None:
-        self.loader = loader
+    def __init__(self, loader: Iterable[Any], *, resume_by_skipping: bool, ranks: Ranks | None = None) -> None:
+        self.loader, self.ranks = loader, ranks
+        self.shared = ranks is not None and isinstance(loader, Sequence)
         self.resume_by_skipping = resume_by_skipping
         self.batches_per_epoch = sized(loader)
         self.in_workers = isinstance(loader, DataLoader) and loader.num_workers > 0
@@ -301,7 +339,7 @@ class IterableSource:
         if self.batches_per_epoch == 0:
             raise DataError(f"The training loader is empty: a {type(loader).__name__} of length 0.")
 
-    def epoch(self, epoch: int, start: int) -> Iterator[tuple[Any, int]]:
+    def epoch(self, epoch: int, start: int) -> Iterator[Taken]:
         """Open an epoch; batches before `start` are read and dropped, if that is allowed."""
         if isinstance(self.loader, Sequence):
             batches: Iterator[Any] = itertools.islice(self.loader, start, None)
@@ -324,6 +362,8 @@ class IterableSource:
                 "StatefulDataLoader (a DataLoader does not save the state of its dataset), or an iterable of batches with state_dict and "
                 "load_state_dict."
             )
+        if self.ranks is not None and self.shared:
+            return cut_shares(batches, self.ranks)
         return ((batch, count_samples(batch)) for batch in batches)
 
     def _compared(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -396,11 +436,11 @@ def sized(loader: Any) -> int | None:
 class KeyedSampler(Sampler[Any]):
     """The indices of another sampler, each with the epoch: what a `SeededDataset` seeds a sample by."""
 
-    def __init__(self, inner: GlobalSampler | ReplayedSampler, *, lists: bool = False) -> None:
+    def __init__(self, inner: Any, *, lists: bool = False) -> None:
         self.inner, self.lists = inner, lists
 
     def __len__(self) -> int:
-        return len(self.inner) if isinstance(self.inner, GlobalSampler) else self.inner.length or 0
+        return len(self.inner) if isinstance(self.inner, GlobalSampler) else getattr(self.inner, "length", 0) or 0
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self.inner.epoch

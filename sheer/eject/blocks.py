@@ -73,7 +73,7 @@ class _Block:
         if not isinstance(last, ast.For) or last.orelse or sum(isinstance(n, ast.Yield) for n in walk(body)) != 1:
             return None
         value = _yielded(last.body[-1])
-        if value is None:
+        if value is None or len(_parts(statement.target)) != len(_parts(value)):
             return None
         new = self.site.written_out(statement, body, _named_alike(statement.target, value))
         loop = new[-1]

@@ -24,7 +24,10 @@ from sheer.eject.facts import Facts, Other, Plugin, Span
 from sheer.eject.program import Refusal
 from sheer.eject.script import Script, span_of
 
-NONE = {"fit": ("val_loader", "eval_step", "scheduler"), "start": ("train_loader", "schedulers", "total_steps")}
+NONE = {
+    "fit": ("val_loader", "eval_step", "scheduler", "parallelize"),
+    "start": ("train_loader", "schedulers", "total_steps"),
+}
 REACHED = 86  # exit status of a process that wrote its facts
 
 
@@ -60,8 +63,10 @@ class _Observer:
 
     def install(self) -> None:
         """Put the observer in place of the trainer's methods."""
+        from sheer import settings
         from sheer.trainer import Trainer
 
+        settings._parallel_on = kept_as_given  # this is one process, and how several are used is to be seen
         make, observer = Trainer.__init__, self
 
         def observed(trainer: Any, **settings: Any) -> None:
@@ -98,6 +103,11 @@ class _Observer:
         )
         self.file.write_text(facts.to_json())
         raise Reached
+
+
+def kept_as_given(parallel: Any, world_size: int) -> Any:
+    """Stand for what turns a setting into what it means on so many ranks."""
+    return parallel
 
 
 class _Started:
@@ -279,8 +289,13 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
             if alike([takes_step_number(step, model=model) for step in own if step is not None], name)
         ),
         skips=bool(arguments.get("resume_by_skipping")),
+        is_abstract=model is not None and is_abstract(model),
         is_training=model is not None and model.training,
         has_hparams=trainer.plugins.hparams is not None,
+        parallel=parallel_of(trainer.settings.parallel),
+        has_buffers=model is not None and any(True for _ in model.buffers()),
+        stops_alone=next((type(c).__name__ for c in callbacks if may_stop(getattr(c, "on_step_end", None))), ""),
+        refused_on_ranks=refused_on_ranks(model, evaluated, arguments.get("parallelize")),
         plain_data=is_plain_data(loader, type(source).__name__, trainer.settings)
         and not any(each is loader for each in evaluated),
         batch=structures.pop() if len(structures) == 1 else "",
@@ -289,6 +304,37 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
         total_steps=total_steps(trainer, loader) if loader is not None else None,
         val_names=tuple(val_loader) if isinstance(val_loader, dict) else None,
     )
+
+
+def parallel_of(given: Any) -> dict[str, Any] | None:
+    """Return how several ranks are used; None where the script leaves it to their number, or is for one process."""
+    from sheer.settings import Parallel
+
+    words = {"ddp": Parallel(dp_replicate=-1, dp_shard=1), "fsdp": Parallel()}
+    meant = words.get(given) if isinstance(given, str) else given
+    return dataclasses.asdict(meant) if meant is not None else None
+
+
+def refused_on_ranks(model: Any, evaluated: list[Any], parallelize: Any) -> str:
+    """Return which of the objects that were passed has no plain form on several ranks, and what to do."""
+    from torch.utils.data import BatchSampler, SequentialSampler
+
+    if callable(parallelize):
+        return "parallelize is a function. Pass a plan, or call it behind what divides the model, once the script is ejected."
+    if is_abstract(model):
+        return "the model is on the meta device. Build it on the CPU."
+    for loader in evaluated:
+        sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+        if type(sampler) is not SequentialSampler or type(batches) is not BatchSampler or structure_of(loader) == "":
+            return (
+                "a loader to validate on is another than DataLoader(dataset, batch_size=...), with batches of tensors."
+            )
+    return ""
+
+
+def is_abstract(model: Any) -> bool:
+    """Whether some of a model is on the meta device, and gets its values when training starts."""
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def alike(answers: list[bool], what: str) -> bool:
@@ -310,7 +356,7 @@ def total_steps(trainer: Any, loader: Any) -> int | None:
     from sheer.start import count_steps, training_data
 
     cfg = trainer.settings
-    return count_steps(cfg, training_data(cfg, make_compute(cfg.precision, trainer.device), loader, True))
+    return count_steps(cfg, training_data(cfg, make_compute(cfg.precision, trainer.device), None, loader, True))
 
 
 def values_of(loaders: Any) -> list[Any]:
@@ -362,6 +408,20 @@ def returns_mapping(step: Any) -> bool:
         return False
     returned = [node for node in ast.walk(tree) if isinstance(node, ast.Return)]
     return bool(returned) and all(isinstance(node.value, ast.Dict) for node in returned)
+
+
+def may_stop(event: Any) -> bool:
+    """Whether a callback's event may return something; where its source cannot be read, it may."""
+    if event is None:
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(event)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    return any(
+        value is not None and not (isinstance(value, ast.Constant) and value.value is None) for value in returned
+    )
 
 
 def keeps_metrics() -> bool:

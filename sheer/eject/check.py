@@ -15,6 +15,8 @@ from typing import Any
 from sheer.eject.program import Refusal
 
 WATCH = Path(__file__).with_name("watch.py")
+MEASURED = ("time/", "throughput/", "host/", "device/")
+"""What Timer, Throughput and DeviceStats measure of the machine: no two runs agree on it, so that it was logged is compared."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,14 @@ class Compared:
     logged: int = 0
 
 
-def check(original: Path, ejected: Path, arguments: Sequence[str], updates: int, blocked: str = "sheer") -> Compared:
+def check(
+    original: Path, ejected: Path, arguments: Sequence[str], updates: int, blocked: str = "sheer", ranks: int = 1
+) -> Compared:
     """Run both scripts for so many updates, the second where the library cannot be imported, and compare.
 
     Args:
         blocked: the package that the second must do without; "-" for none.
+        ranks: how many processes train together; each is compared with its like.
 
     Raises:
         Refusal: one of them failed.
@@ -45,28 +50,35 @@ def check(original: Path, ejected: Path, arguments: Sequence[str], updates: int,
         reports, logs = [], []
         for name, script, without in (("original", original, "-"), ("ejected", ejected, blocked)):
             run_dir = Path(folder) / name
-            reports.append(_run(Path(folder) / f"{name}.json", updates, run_dir, without, script, arguments))
+            reports.append(_run(Path(folder) / f"{name}.json", updates, run_dir, without, script, arguments, ranks))
             logs.append(_logged(run_dir / "metrics.jsonl"))
     if blocked == "-":  # a loop of one's own validates before a step is logged, `fit` behind it
         for lines in logs:
             lines.sort(key=lambda line: (line["step"], sorted(line)))
-    return compared(reports[0], reports[1], logs[0], logs[1])
+    found = [compared(one, other, logs[0], logs[1]) for one, other in zip(*reports, strict=True)]
+    return next((each for each in found if each.difference is not None), found[0])
 
 
 def _run(
-    report: Path, updates: int, run_dir: Path, blocked: str, script: Path, arguments: Sequence[str]
-) -> dict[str, Any]:
-    command = [sys.executable, str(WATCH), str(report), str(updates), str(run_dir), blocked, str(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
-    if not report.exists():
+    report: Path, updates: int, run_dir: Path, blocked: str, script: Path, arguments: Sequence[str], ranks: int
+) -> list[dict[str, Any]]:
+    """Run a script, and return what each rank reports."""
+    command = [str(WATCH), str(report), str(updates), str(run_dir), blocked, str(script), *arguments]
+    if ranks > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env={**os.environ})
+    reports = [report, *(report.with_name(f"{report.name}.{rank}") for rank in range(1, ranks))]
+    if not all(each.exists() for each in reports):
         raise Refusal(f"{script} failed while it was compared:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(report.read_text())
-    return found
+    return [json.loads(each.read_text()) for each in reports]
 
 
 def _logged(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [{name: value for name, value in json.loads(line).items() if name != "time"} for line in lines]
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [
+        {name: "measured" if name.startswith(MEASURED) else value for name, value in line.items() if name != "time"}
+        for line in lines
+    ]
 
 
 def compared(one: dict[str, Any], other: dict[str, Any], logged: list[Any], logged_too: list[Any]) -> Compared:

@@ -32,7 +32,8 @@ def write(
         raise Refusal(
             f"{file} is there, and may hold your own changes. Give another with -o, or --force to write over it."
         )
-    text = eject(script, arguments).text if to == "torch" else eject_to_loop(script, arguments)
+    made = eject(script, arguments) if to == "torch" else None
+    text, ranks = (made.text, made.ranks) if made is not None else (eject_to_loop(script, arguments), 1)
     said = f"{file}: {len(text.splitlines())} lines"
     if updates is None:
         _keep(file, text)
@@ -40,7 +41,7 @@ def write(
     trial = file.with_name(f".{file.name}.trial.py")
     trial.write_text(text)  # beside the script, so that it finds what the script imports
     try:
-        found = check(script, trial, arguments, updates, "sheer" if to == "torch" else "-")
+        found = check(script, trial, arguments, updates, "sheer" if to == "torch" else "-", ranks)
     finally:
         trial.unlink()
     if found.difference is not None:

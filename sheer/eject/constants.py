@@ -98,18 +98,22 @@ def _calls(program: Program, node: ast.ClassDef, method: ast.FunctionDef) -> lis
     others = sum(f.name == method.name for f in program.functions()) > 1 or any(
         hasattr(k, method.name) for k in _OTHERS
     )
-    names = _names_of_holders(program, node.name)
+    names: set[str] | None = None  # found where they are asked for, which is seldom
     for function in program.functions():
         uses = [n for n in walk(function.body) if isinstance(n, ast.Attribute) and n.attr == method.name]
         inside = function in node.body
         own = [
             n for n in uses if _is_of(program, function, n.value, node.name) or (inside and dotted(n.value) == "self")
         ]
+        if not uses:
+            continue
         called = [n for n in walk(function.body) if isinstance(n, ast.Call) and any(n.func is use for use in own)]
         if len(called) != len(own) or (len(own) != len(uses) and not others):
             return None
-        if any((dotted(use.value) or "").split(".")[-1] in names for use in uses if use not in own):
-            return None  # it may be one of these, too
+        if len(own) != len(uses):
+            names = _names_of_holders(program, node.name) if names is None else names
+            if any((dotted(use.value) or "").split(".")[-1] in names for use in uses if use not in own):
+                return None  # it may be one of these, too
         calls += called
     return calls
 

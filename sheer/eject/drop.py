@@ -20,11 +20,13 @@ class Needless:
         calls: functions whose calls are left out, where they are statements.
         classes: classes whose objects are left out, with all that is done with them.
         errors: of wrong input; what raises them has been passed when a script is captured.
+        handled: errors that only the library deals with; a script lets them through.
     """
 
     calls: Set[str] = frozenset()
     classes: Set[str] = frozenset()
     errors: Set[str] = frozenset()
+    handled: Set[str] = frozenset()
 
 
 def drop(program: Program, needless: Needless) -> None:
@@ -35,6 +37,8 @@ def drop(program: Program, needless: Needless) -> None:
 
 def _held(function: ast.FunctionDef, classes: Set[str]) -> set[str]:
     """Return the names that objects of some classes are given in a function."""
+    if not classes:
+        return set()
     return {
         node.targets[0].id
         for node in walk(function.body)
@@ -95,8 +99,13 @@ class _Dropper:
         return statement.orelse if self._refuses(statement.body) else [statement]
 
     def _without_notes(self, statement: ast.Try) -> list[ast.stmt]:
-        """Leave out handlers that only say more of an error."""
-        statement.handlers = [handler for handler in statement.handlers if not _only_raises(handler.body)]
+        """Leave out handlers that only say more of an error, and those of errors that a script lets through."""
+        statement.handlers = [
+            handler
+            for handler in statement.handlers
+            if not _only_raises(handler.body)
+            and not (handler.type is not None and dotted(handler.type) in self.needless.handled)
+        ]
         return [statement] if statement.handlers or statement.finalbody else [*statement.body, *statement.orelse]
 
     def _opened(self, statement: ast.With) -> list[ast.stmt]:

@@ -17,6 +17,7 @@ from sheer.eject.entry import evaluations, prepared, prepared_loop, take_setting
 from sheer.eject.facts import Facts
 from sheer.eject.knowledge import RECORDS, constant_name, knowledge_of
 from sheer.eject.program import Program, Refusal
+from sheer.eject.ranks import STEP_MODULE, fewest, refuse_on_ranks, with_shares
 from sheer.eject.rewrite import Rewrite
 from sheer.eject.script import Script
 from sheer.eject.source import Definition, read_library
@@ -24,6 +25,7 @@ from sheer.eject.specialise import specialise
 from sheer.eject.to_loop import with_loop
 from sheer.eject.verify import verify
 
+OPERATION = frozenset({"forward", "backward"})  # what autograd calls in an operation of the library's own
 CHECKING = ("check_loader", "check_arguments", "check_loggers", "check_parameters", "check_device", "check_loop")
 
 
@@ -34,10 +36,12 @@ class Ejected:
     Attributes:
         text: the whole of it.
         loop: the part that stands for the library: the settings, and the functions.
+        ranks: how many processes it needs at least.
     """
 
     text: str
     loop: str
+    ranks: int = 1
 
 
 def eject(path: Path, arguments: Sequence[str] = ()) -> Ejected:
@@ -53,6 +57,11 @@ def eject(path: Path, arguments: Sequence[str] = ()) -> Ejected:
     script = Script(path, path.read_text())
     facts = capture(path, arguments)
     refuse(script, facts)
+    if (facts.settings["checkpoint"] or {}).get("directory") is not None:
+        raise Refusal(
+            f"{path}: Checkpoint(directory=...) has no form without the library. Leave it out: a script keeps its checkpoints in its run_dir."
+        )
+    refuse_on_ranks(script, facts)
     made = ejected(script, facts)
     verify(made.text, script.text)
     return made
@@ -97,12 +106,16 @@ def ejected(script: Script, facts: Facts) -> Ejected:
     program.nodes = {function.name: function for function in functions.values()}
     program.nodes["Settings"] = take_settings(root, rewrite.kept())
     program.nodes |= {"PlainLoop": loop, "own_steps": steps}
+    if facts.parallel is not None:
+        program.nodes |= with_shares(library)
     for name, twin in used.items():
         node, calls = library[twin].node, rewrite.constructions(name)
         if isinstance(node, ast.ClassDef) and calls:
             program.nodes[twin] = narrowed(node, calls)
     program.roots = {function.name for function in functions.values()} | set(used.values())
-    specialise(program, knowledge.known, RECORDS, knowledge.needless, script.attributes(), root=root.name)
+    kept = script.attributes() | (STEP_MODULE if facts.parallel is not None else frozenset())
+    kept |= OPERATION if "linear_cross_entropy" in used else frozenset()
+    specialise(program, knowledge.known, RECORDS, knowledge.needless, kept, root=root.name)
     return assembled(script, rewrite, program, library, knowledge.settings, functions, used)
 
 
@@ -113,6 +126,22 @@ def refuse(script: Script, facts: Facts) -> None:
             raise Refusal(
                 f"{what} in {file}, which would stay imported. Do it in {script.path}, or eject that file's script."
             )
+    if facts.settings["cuda_graph"]:
+        raise Refusal(
+            f"{script.path}: cuda_graph=True has no form without the library yet. Eject with cuda_graph=False: the steps are the same, but for "
+            "the time between their kernels."
+        )
+    if facts.settings["autotune"]:
+        raise Refusal(
+            f"{script.path}: autotune=True measures, and a script without the library cannot. `sheer autotune {script.path}` says what to write "
+            "in its place."
+        )
+    if facts.settings["precision"] == "float8-mixed":
+        raise script.refusal(
+            script.at(facts.call),
+            'precision="float8-mixed" cannot be ejected yet. Eject with "bf16-mixed", and call torchao.float8.convert_to_float8_training(model) '
+            "in the script that comes out.",
+        )
     if facts.modules:
         raise Refusal(
             f"{facts.modules[0]}: this module of yours imports sheer, and would stay imported. Move what needs it into {script.path.name}."
@@ -123,7 +152,7 @@ def assembled(
     script: Script,
     rewrite: Rewrite,
     program: Program,
-    library: dict[str, Definition],
+    library: Mapping[str, Definition],
     settings: Mapping[str, object],
     functions: Mapping[str, ast.FunctionDef],
     used: Mapping[str, str],
@@ -151,14 +180,21 @@ def assembled(
     rewrite.edit(functions, {**names, **own, **{name: names[twin] for name, twin in used.items()}})
     text = script.with_block(head(facts), emit.sorted_imports(new_imports), block)
     refuse_traces(script, text)
-    return Ejected(text, block)
+    return Ejected(text, block, fewest(facts.parallel))
 
 
 def head(facts: Facts) -> str:
     """Return the comment that an ejected file begins with."""
+    called, name = " ".join([Path(facts.file).name, *facts.arguments]), Path(facts.file).stem
+    one = ', for one process (set parallel="ddp" or "fsdp" for several ranks)'
+    how = (
+        ""
+        if facts.parallel is None
+        else f"# Run it with: torchrun --nproc-per-node {fewest(facts.parallel)} {name}_torch.py\n"
+    )
     return (
-        f"# From `{' '.join([Path(facts.file).name, *facts.arguments])}`, by `sheer eject` {sheer.__version__} (Apache License 2.0); it is yours, "
-        f"to change as you like.\n# Settings: {emit.described(facts.settings)}.\n"
+        f"# From `{called}`, by `sheer eject` {sheer.__version__} (Apache License 2.0){one if facts.settings['parallel'] == 'auto' else ''}; it is yours, "
+        f"to change as you like.\n{how}# Settings: {emit.described(facts.settings)}.\n"
     )
 
 

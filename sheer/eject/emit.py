@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from sheer.eject.program import BUILTINS, Program, Refusal, free_names
 from sheer.eject.scope import bound_in, walk
 from sheer.eject.source import Definition, imported, notes_of, unparse
-from sheer.settings import Checkpoint, Settings
+from sheer.settings import Checkpoint, Parallel, Settings
 
 ERRORS = {
     "NonFiniteError": "FloatingPointError",
@@ -207,6 +207,9 @@ def described(settings: Mapping[str, object]) -> str:
         if name == "checkpoint" and isinstance(value, dict):
             own = [f"{k}={v!r}" for k, v in value.items() if v != getattr(Checkpoint(), k)]
             said.append(f"checkpoint=Checkpoint({', '.join(own)})")
+        elif name == "parallel" and isinstance(value, dict):
+            own = [f"{k}={v!r}" for k, v in value.items() if v != getattr(Parallel(), k)]
+            said.append(f"parallel=Parallel({', '.join(own)})")
         elif value != defaults[name]:
             said.append(f"{name}={'False' if name == 'checkpoint' else repr(value)}")
     return ", ".join(said)

@@ -49,6 +49,8 @@ def prepared(fit: ast.FunctionDef, facts: Facts, returned: ast.expr | None = Non
         )
     if facts.has_hparams:
         fit.args.args.append(ast.arg(marked("hparams"), ast.Name("Any", ast.Load())))
+    if facts.parallel is not None:
+        fit.body[1:1] = ast.parse(f"plain_join({facts.parallel['timeout']!r})").body
     if facts.plain_data:
         fit.body = [_PlainData(facts).visit(statement) for statement in fit.body]
 
@@ -223,6 +225,7 @@ class _PlainData(ast.NodeTransformer):
     def __init__(self, facts: Facts) -> None:
         self.goes_on = facts.settings["resume"] is not None or facts.settings["checkpoint"] is not None
         self.groups = facts.settings["accumulate_grad_batches"] > 1
+        self.shares = facts.parallel is not None
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt:
         if isinstance(node.value, ast.Call) and dotted(node.value.func) == "training_data":
@@ -238,6 +241,9 @@ class _PlainData(ast.NodeTransformer):
 
     def visit_For(self, node: ast.For) -> ast.stmt:
         assert isinstance(node.target, ast.Name)
+        node.body = [_AtEnd().visit(statement) for statement in node.body]
+        if self.shares:
+            return self._shared(node, node.target.id)
         text = "plain_epochs(train_loader, compute.device)"
         if self.goes_on:
             text = "train.epochs(run.progress.epoch, run.progress.batch, restore_random)"
@@ -245,10 +251,24 @@ class _PlainData(ast.NodeTransformer):
             text = f"plain_grouped({text}, cfg.accumulate_grad_batches)"
         node.iter = _expression(text)
         node.target, name = ast.parse("batch, at_end = 0").body[0].targets[0], node.target.id  # type: ignore[attr-defined]
-        node.body = [_AtEnd().visit(statement) for statement in node.body]
         if not self.groups:
             node.body = substituted(node.body, {name: _expression("[(batch, samples)]")})
             node.body.insert(0, ast.parse("samples = count_samples(batch)").body[0])
+        return node
+
+    def _shared(self, node: ast.For, name: str) -> ast.stmt:
+        """Read this rank's part of each batch."""
+        text, target = "plain_shared_epochs(train_loader, compute.device, ranks)", "batch, samples, all_samples, at_end"
+        made = "PlainStepBatch([(batch, samples)], all_samples, [largest_share(all_samples, ranks)])"
+        if self.groups:
+            text, target = f"plain_grouped_shares({text}, cfg.accumulate_grad_batches)", "batch, totals, at_end"
+            made = "PlainStepBatch(batch, sum(totals), [largest_share(total, ranks) for total in totals])"
+        node.iter = _expression(text)
+        node.target = ast.parse(f"{target} = 0").body[0].targets[0]  # type: ignore[attr-defined]
+        node.body = [
+            *ast.parse(f"step_batch = {made}").body,
+            *substituted(node.body, {name: ast.Name("step_batch", ast.Load())}),
+        ]
         return node
 
 

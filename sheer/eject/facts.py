@@ -57,13 +57,18 @@ class Facts:
     plateau: bool = False  # whether the scheduler follows the monitored metric
     numbered: tuple[str, ...] = ()  # of step and eval_step those that take the step's number
     has_hparams: bool = False
+    has_buffers: bool = True  # whether the model has any, which ranks make the same before they are used
     skips: bool = False  # whether resume_by_skipping was set
+    is_abstract: bool = False  # whether some of the model is on the meta device
     is_training: bool = False  # whether the model is in train mode
     val_names: tuple[str, ...] | None = None  # of a dict of validation loaders
     batch: str = ""  # what a batch is: a "list" or "dict" of tensors, a "tensor"; "" for all else
     plain_data: bool = False  # whether the training loader is one that the plain twin reads
     returns: str = ""  # "Mapping" where the step is seen to return one
     uses: tuple[str, ...] = field(default=())  # of "Mean", "media" and "computed" what metrics may be
+    parallel: dict[str, Any] | None = None  # how several ranks are used; None: the script is for one process
+    stops_alone: str = ""  # the class of a callback that may end the run by what it returns from on_step_end
+    refused_on_ranks: str = ""  # what of the objects that were passed has no form on several ranks
     others: tuple[Other, ...] = ()
     total_steps: int | None = None
     arguments: tuple[str, ...] = ()  # of the script

@@ -89,6 +89,11 @@ def is_constant(node: ast.AST | None, *values: object) -> bool:
     )
 
 
+def parsed(text: str) -> ast.expr:
+    """Return an expression as a tree."""
+    return ast.parse(text, mode="eval").body
+
+
 def truth(node: ast.expr) -> bool | None:
     """Return whether an expression is true, where that can be seen."""
     if isinstance(node, ast.Constant):
@@ -110,7 +115,7 @@ def is_pure(node: ast.AST) -> bool:
 _IDLE = frozenset(
     {
         "secrets.token_hex", "set", "sum", "len", "list", "dict", "tuple", "str", "int", "float", "bool", "next", "hasattr", "isinstance", "Path",
-        "torch.device", "torch.initial_seed", "nullcontext", "Events",
+        "torch.device", "torch.initial_seed", "nullcontext", "Events", "id", "share", "dist.get_rank", "dist.get_world_size",
     }
 )  # fmt: skip
 _IDLE_METHODS = frozenset({"startswith", "get", "items", "keys", "values", "copy", "parameters", "named_parameters"})
@@ -251,6 +256,9 @@ class _Folder(ast.NodeTransformer):
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         self.generic_visit(node)
+        part = node.slice if isinstance(node.slice, ast.Slice) and isinstance(node.value, ast.Call) else None
+        if part is not None and part.lower is part.step is None and is_constant(part.upper, None):
+            return node.value  # all of what was made here
         if isinstance(node.ctx, ast.Load) and is_pure(node.value):
             found = None
             if isinstance(node.slice, ast.Slice) and elements(node.value) == []:
@@ -406,7 +414,7 @@ class _Folder(ast.NodeTransformer):
         known = truth(node.test)
         if known is None:
             node.body, node.orelse = fold(node.body, self.known), fold(node.orelse, self.known)
-            if node.body:
+            if any(not isinstance(statement, ast.Pass) for statement in node.body):
                 return node
             if not node.orelse:
                 return [] if is_pure(node.test) else ast.Expr(node.test)

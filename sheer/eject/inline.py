@@ -8,16 +8,19 @@ from collections.abc import Mapping, Sequence
 
 from sheer.eject.drop import Needless, drop
 from sheer.eject.fold import dotted, is_constant, is_pure
-from sheer.eject.program import BUILTINS, Program, arguments_of
+from sheer.eject.program import BUILTINS, Program, arguments_of, functions_of, uses_in
 from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, substituted, walk
 from sheer.eject.source import Notes, notes_of, with_notes
 
-KEPT = frozenset({"evaluate"})  # functions that a reader looks for
+KEPT = frozenset(
+    {"evaluate", "plain_shard", "repeated_blocks", "plain_check_on_ranks", "differ_in_random_numbers"}
+)  # functions that a reader looks for
 
 
 def inline_expressions(program: Program) -> bool:
     """Write functions that are one expression where they are called. Returns whether any was."""
     changed = False
+    found = {key: uses_in([node]) for key, node in program.nodes.items()}
     for name, node in list(program.nodes.items()):
         body = without_docstring(node.body) if isinstance(node, ast.FunctionDef) else []
         if (
@@ -27,20 +30,29 @@ def inline_expressions(program: Program) -> bool:
             or node.decorator_list
         ):
             continue
-        calls = program.calls(name)
+        calls = [call for _, of_node in found.values() for call in of_node.get(name, [])]
+        if len(calls) != sum(uses[name] for uses, _ in found.values()):
+            continue  # it is used as a value, too
         if not isinstance(body[0], (ast.Return, ast.Expr)) or body[0].value is None or not calls or _is_generator(node):
             continue
-        alone = {id(n.value) for f in program.functions() for n in walk(f.body) if isinstance(n, ast.Expr)}
-        if isinstance(body[0], ast.Expr) and any(id(call) not in alone for call in calls):
+        if isinstance(body[0], ast.Expr) and not _are_alone(program, calls):
             continue  # it returns nothing, and this is used
         if not (len(calls) == 1 or _is_small(body[0].value)):
             continue
-        for function in program.functions():
-            if function is not node:
-                swap = _ExpressionCall(node, body[0].value)
-                function.body = [swap.visit(statement) for statement in function.body]
-                changed = changed or swap.changed
+        for key in [key for key, (_, of_node) in found.items() if name in of_node]:
+            for function in functions_of(program.nodes[key]):
+                if function is not node:
+                    swap = _ExpressionCall(node, body[0].value)
+                    function.body = [swap.visit(statement) for statement in function.body]
+                    changed = changed or swap.changed
+            found[key] = uses_in([program.nodes[key]])
     return changed
+
+
+def _are_alone(program: Program, calls: list[ast.Call]) -> bool:
+    """Whether each of some calls is a statement by itself."""
+    alone = {id(n.value) for f in program.functions() for n in walk(f.body) if isinstance(n, ast.Expr)}
+    return all(id(call) in alone for call in calls)
 
 
 def _is_small(expression: ast.expr) -> bool:
@@ -92,7 +104,7 @@ def inline_procedures(program: Program, most: int, records: Sequence[str] = ()) 
             or _is_generator(node)
         ):
             continue
-        if name in KEPT:
+        if name in KEPT or node.args.vararg is not None or node.args.kwarg is not None:
             continue
         calls = all_calls.get(name, [])
         if size(node.body) == 0 or (size(node.body) == 1 and isinstance(node.body[-1], ast.Pass)):

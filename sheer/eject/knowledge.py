@@ -5,25 +5,36 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sheer.eject.drop import Needless
 from sheer.eject.facts import Facts
-from sheer.eject.fold import Known
+from sheer.eject.fold import Known, parsed
+from sheer.eject.ranks import (
+    ALONE,
+    ANSWERS_ALONE,
+    HOLDERS,
+    STEPPERS,
+    Answer,
+    answers_together,
+    known_together,
+    needless_together,
+    twins_together,
+)
 from sheer.events import EVENTS
 from sheer.settings import Checkpoint, Settings
 
-Answer = Callable[[ast.Call], ast.expr | None]
-
-RECORDS = ("Plugins", "Compute", "Evaluation", "Events", "RunInfo", "PlainLength", "Run", "Progress", "Settings")
+RECORDS = (
+    "Plugins", "Compute", "Evaluation", "Events", "RunInfo", "PlainLength", "Run", "Progress", "Settings", "PlainStepBatch", "PlainRanks",
+)  # fmt: skip
 INPUT_ERRORS = frozenset(
     {"unknown_name", "SettingsError", "StepError", "ModelError", "DataError", "MissingPackageError"}
 )
 CHECKS = frozenset(
     {
-        "check_first_gradients", "refuse_closure", "refuse_other_schedulers", "refuse_another_optimizer", "refuse_differences", "warn_of_changes", "run.console.say", "run.console.expect",
+        "check_first_gradients", "refuse_closure", "refuse_other_schedulers", "refuse_another_optimizer", "refuse_differences", "refuse_other_run", "forget_copies", "warn_of_changes", "prepare_memory", "tell_of_save", "run.saver.open", "agree_on_parts", "collect_if_due", "report_recompilations", "run.rewind.states.extend", "run.console.say", "run.console.expect", "let_validations_be_left", "remember",
         "run.loggers.log_media",
     }
 )  # fmt: skip
@@ -38,11 +49,11 @@ TWINS = {
     "Watch": "PlainWatched",
     "leave_if_told": "plain_leave",
     "counted_batches": "plain_counted",
-    "write_checkpoint": "plain_write_checkpoint",
-    "committed": "plain_committed",
-    "newest_good": "plain_newest_good",
+    "save_and_tell": "plain_save_and_tell",
+    "read_manifest": "plain_manifest",
+    "stored_in": "plain_stored",
+    "read_shared_state": "plain_state",
     "load_model": "plain_load_model",
-    "prune": "plain_prune",
     "load_weights": "plain_load_weights",
     "optimizer_state": "plain_optimizer_state",
     "check_weights": "plain_check_weights",
@@ -51,11 +62,6 @@ TWINS = {
     "Session": "plain_session",
     "Loggers": "PlainLoggers",
 }
-
-
-def parsed(text: str) -> ast.expr:
-    """Return an expression as a tree."""
-    return ast.parse(text, mode="eval").body
 
 
 def constant_name(name: str) -> str:
@@ -85,6 +91,8 @@ def absent_in_run(facts: Facts) -> dict[str, str]:
         "averaging": ("None", any(callback.averages for callback in facts.callbacks)),
         "loggers.members": ("()", bool(facts.loggers)),
         "compute.autocast": ("nullcontext()", facts.settings["precision"].endswith("-mixed")),
+        "told": ("None", False),
+        "ends_owed": ("False", False),
         "compute.dtype": ("None", facts.settings["precision"] in ("bf16-true", "64-true")),
     }
     empty["info.settings"] = ("{}", False)
@@ -121,7 +129,8 @@ def knowledge_of(
     kinds = {"loss": "Tensor"} if "Mean" not in facts.uses else {}
     if facts.returns:
         kinds["output"] = facts.returns
-    calls = CHECKS | library_checks
+    calls = CHECKS | library_checks | ({"materialise"} if not facts.is_abstract else set())
+    calls |= {"run.metrics.in_step.clear"} if plain_metrics else frozenset()
     known: dict[str, ast.expr] = {f"cfg.{name}": value for name, value in values.items()}
     known["plugins.callbacks"] = ast.Tuple([ast.Name(marked(c.label), ast.Load()) for c in facts.callbacks], ast.Load())
     known["plugins.loggers"] = ast.Tuple([ast.Name(marked(c.label), ast.Load()) for c in facts.loggers], ast.Load())
@@ -132,11 +141,15 @@ def knowledge_of(
         known["model.training"] = ast.Constant(True)
     for holder in ("run", "self.run"):
         known[f"{holder}.loggers.members"] = parsed(f"{holder}.loggers")
+        known[f"{holder}.saver.is_writing"] = ast.Constant(False)
+        known[f"{holder}.progress.owes_validation"] = ast.Constant(False)  # `plain_state` refuses such a checkpoint
+        known[f"{holder}.saver.expected"] = parsed(f"plain_expected({holder})")
         known |= {f"{holder}.{name}": parsed(value) for name, value in absent_in_run(facts).items()}
     known |= {
         name: parsed(value) for name, value in absent_in_run(facts).items() if name.startswith(("events.", "compute."))
     }
-    known |= {name: ast.Constant(None) for name in facts.none}
+    known |= {name: ast.Constant(None) for name in (*facts.none, "progress.micro_batch_size")}
+    known |= ALONE if facts.parallel is None else known_together(facts.parallel)
     if "monitor" not in kept:
         known |= {f"info.{name}": values[name] for name in ("monitor", "monitor_mode")}
     if facts.settings["checkpoint"] is None:
@@ -150,6 +163,9 @@ def knowledge_of(
         "data.steps_per_epoch",
         *(n for n in ("val_loader", "scheduler", "make_scheduler", "make_scheduler()") if n not in facts.none),
     }
+    if facts.parallel is not None:
+        present |= {*HOLDERS, *STEPPERS}
+        calls |= needless_together(facts, facts.parallel)
     if facts.kind == "start":
         present -= {"run.data"}
     if facts.kind == "start" and "train_loader" in facts.none:
@@ -160,10 +176,11 @@ def knowledge_of(
     return Knowledge(
         Known(known, frozenset(present), frozenset(absent), frozenset(always), answers, settings, kinds, tables),
         {name: twin for name, twin in TWINS.items() if plain_metrics or name != "Metrics"}
+        | (twins_together(facts, facts.parallel) if facts.parallel is not None else {})
         | batch_twins(facts)
         | ({} if facts.has_hparams or "media" in facts.uses else {"TensorBoard": "PlainTensorBoard"})
         | ({"TrainingData": data_twin(facts)} if facts.plain_data or "train_loader" in facts.none else {}),
-        Needless(frozenset(calls), frozenset({"_Place"}), INPUT_ERRORS),
+        Needless(frozenset(calls), frozenset({"_Place"}), INPUT_ERRORS, frozenset({"torch.OutOfMemoryError"})),
         settings,
     )
 
@@ -191,7 +208,9 @@ def settings_of(facts: Facts, kept: Sequence[str]) -> tuple[dict[str, ast.expr],
     """Return what stands for each setting, and the values of the constants among them; those in `kept` come from the script."""
     values: dict[str, ast.expr] = {}
     constants: dict[str, Any] = {}
-    flat = {f.name: facts.settings[f.name] for f in dataclasses.fields(Settings) if f.name != "checkpoint"}
+    flat = {
+        f.name: facts.settings[f.name] for f in dataclasses.fields(Settings) if f.name not in ("checkpoint", "parallel")
+    }
     saves = facts.settings["checkpoint"]
     values["checkpoint"] = ast.Constant(None)
     if saves is not None:
@@ -233,9 +252,15 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "named": lambda call: named_of(facts, call.args[0]),
         "as_mapping": lambda call: None if facts.has_hparams else parsed("{}"),
         "choose_run_dir": lambda call: chosen_folder(facts),
+        "find_checkpoint": lambda call: found_checkpoint(facts, call),
+        "saver_of": lambda call: ast.Constant(None),
+        "state_before": lambda call: ast.Constant(None),
+        "run.saver.pointed_path": lambda call: parsed(f"linked(run.checkpoints / {ast.unparse(call.args[0])})"),
         "run_record": lambda call: parsed("{'id': run_id}"),
         "dataclasses.asdict": lambda call: parsed("{}") if ast.unparse(call.args[0]) == "cfg" else None,
-        "loggers_of": lambda call: parsed(f"({loggers})"),
+        "loggers_of": lambda call: parsed(
+            f"({loggers})" if facts.parallel is None or not loggers else f"({loggers}) if ranks.rank == 0 else ()"
+        ),
         "console_of": lambda call: ast.Constant(None),
         "run.loggers.log": lambda call: ast.Call(parsed("plain_log"), [parsed("run"), *call.args], []),
         "run.console.log": lambda call: ast.Call(parsed("plain_console_log"), [call.args[0], parsed("metrics")], []),
@@ -257,6 +282,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "are_made_here": lambda call: ast.Constant("scheduler" in facts.functions),
         "averaging_of": lambda call: parsed(next((marked(c.label) for c in facts.callbacks if c.averages), "None")),
     }
+    answers |= ANSWERS_ALONE if facts.parallel is None else answers_together(facts, facts.parallel)
     if facts.kind == "start":
         answers["build_optimizer"] = lambda call: made_or_given(facts, "optimizer", call.args[1], call.args[:1])
         answers["build_scheduler"] = lambda call: made_or_given(facts, "scheduler", call.args[0], call.args[1:])
@@ -275,6 +301,16 @@ def chosen_folder(facts: Facts) -> ast.expr:
     """Return the folder of the run."""
     goes_on = facts.settings["resume"] == "auto"
     return parsed(f"plain_folder(Path({'RUN_DIR' if facts.settings['run_dir'] is None else 'cfg.run_dir'}), {goes_on})")
+
+
+def found_checkpoint(facts: Facts, call: ast.Call) -> ast.expr:
+    """Return the checkpoint that the run goes on from."""
+    resume, disk = facts.settings["resume"], call.args[1]
+    if resume is None or not isinstance(disk, ast.Call):
+        return ast.Constant(None)
+    if resume == "auto":
+        return ast.Call(parsed("plain_newest_good"), [disk.args[1]], [])
+    return parsed("plain_checkpoint_in(Path(cfg.resume))")
 
 
 def watched(call: ast.Call) -> ast.expr:

@@ -50,10 +50,7 @@ class Program:
     def functions(self) -> Iterator[ast.FunctionDef]:
         """Yield all functions, also the methods of classes."""
         for node in self.nodes.values():
-            if isinstance(node, ast.FunctionDef):
-                yield node
-            elif isinstance(node, ast.ClassDef):
-                yield from (part for part in node.body if isinstance(part, ast.FunctionDef))
+            yield from functions_of(node)
 
     def function(self, name: str) -> ast.FunctionDef | None:
         """Return a top-level function, or None where there is none of that name."""
@@ -66,14 +63,26 @@ class Program:
 
     def all_calls(self) -> dict[str, list[ast.Call] | None]:
         """Return what `calls` does for all names that are used."""
-        calls: dict[str, list[ast.Call]] = {}
-        uses: Counter[str] = Counter()
-        for node in walk(self.nodes.values()):
-            if isinstance(node, ast.Name):
-                uses[node.id] += 1
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                calls.setdefault(node.func.id, []).append(node)
+        uses, calls = uses_in(self.nodes.values())
         return {name: found if len(found := calls.get(name, [])) == count else None for name, count in uses.items()}
+
+
+def functions_of(node: ast.AST) -> list[ast.FunctionDef]:
+    """Return a function, or the methods of a class; nothing else has any."""
+    parts = node.body if isinstance(node, ast.ClassDef) else [node]
+    return [part for part in parts if isinstance(part, ast.FunctionDef)]
+
+
+def uses_in(nodes: Iterable[ast.AST]) -> tuple[Counter[str], dict[str, list[ast.Call]]]:
+    """Count how often each name stands in some trees, and find where it is called."""
+    calls: dict[str, list[ast.Call]] = {}
+    uses: Counter[str] = Counter()
+    for node in walk(nodes):
+        if isinstance(node, ast.Name):
+            uses[node.id] += 1
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            calls.setdefault(node.func.id, []).append(node)
+    return uses, calls
 
 
 def free_names(node: ast.AST) -> list[str]:
@@ -92,6 +101,8 @@ def free_names(node: ast.AST) -> list[str]:
 def arguments_of(call: ast.Call, function: ast.FunctionDef) -> dict[str, ast.expr] | None:
     """Return what a call passes for each parameter, defaults left out; None where `*` or `**` hides it."""
     names = [argument.arg for argument in parameters(function)]
+    if function.args.vararg is not None or function.args.kwarg is not None:
+        return None
     if any(isinstance(a, ast.Starred) for a in call.args) or any(keyword.arg is None for keyword in call.keywords):
         return None
     out = dict(zip(names, call.args, strict=False))
@@ -138,6 +149,9 @@ def replace_parameter(function: ast.FunctionDef, name: str, new: Sequence[ast.ar
     for arguments in (function.args.posonlyargs, function.args.args, function.args.kwonlyargs):
         for index, argument in enumerate(arguments):
             if argument.arg == name:
+                from_end = len(arguments) - index
+                if arguments is function.args.args and from_end <= len(function.args.defaults):  # all calls pass it
+                    del function.args.defaults[len(function.args.defaults) - from_end]
                 arguments[index : index + 1] = new
                 return
 

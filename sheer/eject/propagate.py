@@ -157,7 +157,7 @@ def never_none(annotation: ast.expr) -> bool:
     if isinstance(annotation, ast.BinOp):
         return never_none(annotation.left) and never_none(annotation.right)
     if isinstance(annotation, ast.Name):
-        return annotation.id not in ("Any", "object", "None", "Number")
+        return annotation.id not in ("Any", "object", "None", "Number", "T")  # the last stands for any type
     return isinstance(annotation, (ast.Attribute, ast.Subscript))
 
 

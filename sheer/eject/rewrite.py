@@ -9,15 +9,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sheer.checkpoint.foreign import PICKLED
 from sheer.eject.emit import formatted
 from sheer.eject.facts import Facts
 from sheer.eject.knowledge import argument_name
 from sheer.eject.scope import fresh, parameters
 from sheer.eject.script import Script
-from sheer.settings import Checkpoint, Settings
+from sheer.settings import Checkpoint, Parallel, Settings
 
 MEDIA = ("Image", "Text", "Figure")
-MADE_HERE = ("Trainer", "Checkpoint", "seed_everything")
+MEANS = ("Mean", "mean", "linear_cross_entropy")  # what is, or returns, a `Mean`
+MADE_HERE = ("Trainer", "Checkpoint", "Parallel", "seed_everything")
 ARGUMENTS = {
     "fit": ("model", "step", "train_loader", "val_loader"),
     "start": ("model",),
@@ -29,7 +31,8 @@ PASSED = {
     "make_optimizer": "optimizer",
     "make_scheduler": "scheduler",
 }
-VALUES = {"rank": "0", "world_size": "1"}  # attributes of a trainer, as long as one process trains
+VALUES = {"rank": "0", "world_size": "1"}  # attributes of a trainer, where one process trains
+VALUES_TOGETHER = {name: f'int(os.environ["{name.upper()}"])' for name in VALUES}  # where several do
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Rewrite:
         self.call, self.trainer = script.at(facts.call), script.at(facts.trainer)
         uses = [*facts.uses]
         for _, name in script.references():
-            uses += ["Mean"] * (name in ("Mean", "mean")) + ["media"] * (name in MEDIA)
+            uses += ["Mean"] * (name in MEANS) + ["media"] * (name in MEDIA)
         self.facts = dataclasses.replace(facts, uses=tuple(dict.fromkeys(uses)))
         self.making = self._making()
         self.given = list(self._computed())
@@ -134,13 +137,30 @@ class Rewrite:
         inside = {id(node) for node in ast.walk(self.trainer)}
         outside = [(node, name) for node, name in self.script.references() if id(node) not in inside]
         for node, name in outside:
-            if name in ("Trainer", "Checkpoint", "Settings", "find_lr", "data"):
+            if name in ("Trainer", "Checkpoint", "Parallel", "Settings", "find_lr", "data"):
                 raise self.script.refusal(
                     node, f"sheer.{name} is used here, which has no form without the library.{_WAYS_OUT.get(name, '')}"
                 )
+            call = self.script.parents[id(node)]
+            if name == "load_weights" and isinstance(call, ast.Call):
+                self._refuse_partial_loads(call)
         names = [name for _, name in outside]
         names += [plugin.name for plugin in (*self.facts.callbacks, *self.facts.loggers) if plugin.is_ours]
         return list(dict.fromkeys(name for name in names if name not in MADE_HERE))
+
+    def _refuse_partial_loads(self, call: ast.Call) -> None:
+        """Raise `Refusal` where weights are loaded in a way that the few lines of an ejected script do not know."""
+        arguments = [keyword.arg for keyword in call.keywords if keyword.arg not in ("model", "source", "which")]
+        if arguments:
+            raise self.script.refusal(
+                call,
+                f"load_weights({arguments[0]}=...) has no form without the library. Use torch.nn.Module.load_state_dict.",
+            )
+        for value in call.args[1:2]:
+            if isinstance(value, ast.Constant) and str(value.value).endswith((*PICKLED, ".index.json")):
+                raise self.script.refusal(
+                    call, f"load_weights of {value.value!r} has no form without the library. Give a safetensors file."
+                )
 
     def constructions(self, name: str) -> list[ast.Call]:
         """Return where the script makes objects of a class of the library; none where it uses the class otherwise, too."""
@@ -185,7 +205,7 @@ class Rewrite:
             elif attribute == "run_dir" and node.lineno > self.call.lineno:
                 script.replace(node, f"{self.result}.run_dir")
             elif attribute in VALUES:
-                script.replace(node, VALUES[attribute])
+                script.replace(node, (VALUES if self.facts.parallel is None else VALUES_TOGETHER)[attribute])
             elif call is not self.call:
                 raise script.refusal(node, f"trainer.{attribute} cannot be ejected here.{_WAYS_OUT.get(attribute, '')}")
         setup = self._setting_up()
@@ -241,10 +261,10 @@ class Rewrite:
         return {"__enter__", "__exit__"} if isinstance(parent, ast.withitem) else set()
 
     def seeds(self) -> list[str]:
-        """Return the imports that seeding needs."""
-        if any(name == "seed_everything" for _, name in self.script.references()):
-            return ["import random", "import numpy as np", "import torch"]
-        return []
+        """Return the imports that seeding needs, and reading the number of a rank."""
+        is_seeded = any(name == "seed_everything" for _, name in self.script.references())
+        asks = self.facts.parallel is not None and any(name in VALUES_TOGETHER for _, name in self._uses())
+        return ["import random", "import numpy as np", "import torch"] * is_seeded + ["import os"] * asks
 
     def _indented(self, lines: list[str], statement: ast.stmt) -> str:
         return f"\n{' ' * statement.col_offset}".join(lines)
@@ -303,23 +323,24 @@ _WAYS_OUT = {
     "run_dir": " Read it from the result, behind fit.",
     "Settings": " Give the settings in the call of Trainer.",
     "Checkpoint": " Write it in the call of Trainer.",
+    "Parallel": " Write it in the call of Trainer.",
 }
 
 
+PARTS: dict[str, Any] = {"checkpoint": Checkpoint, "parallel": Parallel}
+
+
 def settings_in(trainer: ast.Call, script: Script) -> Iterator[tuple[str, ast.expr]]:
-    """Yield the settings that a call of Trainer gives, those of its checkpoint by dotted names."""
+    """Yield the settings that a call of Trainer gives, those of its checkpoint and of its ranks by dotted names."""
     known = {field.name for field in dataclasses.fields(Settings)}
     references = {id(node): name for node, name in script.references()}
     for keyword in trainer.keywords:
         value = keyword.value
-        if (
-            keyword.arg == "checkpoint"
-            and isinstance(value, ast.Call)
-            and references.get(id(value.func)) == "Checkpoint"
-        ):
-            fields = [field.name for field in dataclasses.fields(Checkpoint)]
+        kind = PARTS.get(keyword.arg or "")
+        if kind is not None and isinstance(value, ast.Call) and references.get(id(value.func)) == kind.__name__:
+            fields = [field.name for field in dataclasses.fields(kind)]
             given = dict(zip(fields, value.args, strict=False)) | {k.arg: k.value for k in value.keywords if k.arg}
-            yield from ((f"checkpoint.{name}", inner) for name, inner in given.items())
+            yield from ((f"{keyword.arg}.{name}", inner) for name, inner in given.items())
         elif keyword.arg in known:
             yield keyword.arg, value
 

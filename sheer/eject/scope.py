@@ -59,14 +59,15 @@ def _targets(node: ast.AST) -> set[str]:
 def assignments(body: Iterable[ast.stmt]) -> Counter[str]:
     """Count how often each local name is bound in statements; those of comprehensions are their own."""
     count: Counter[str] = Counter()
+    nodes = list(walk(body))
     inner = {
         id(part)
-        for node in walk(body)
+        for node in nodes
         if isinstance(node, _COMPREHENSIONS)
         for g in node.generators
         for part in walk([g.target])
     }
-    for node in walk(body):
+    for node in nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)) and id(node) not in inner:
             count[node.id] += 1
         elif isinstance(node, ast.ExceptHandler) and node.name:

@@ -12,6 +12,7 @@ from sheer.eject.program import Refusal, free_names
 from sheer.eject.source import imported
 
 PACKAGE = "sheer"
+DATA = f"{PACKAGE}.data"  # the part of it that a script may name things of
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Script:
             elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
                 if any(alias.name == "*" for alias in node.names):
                     raise self.refusal(node, f"from {PACKAGE} import * hides what is used. Name what you import.")
+                self.imported.update({a.asname or a.name: a.name for a in node.names})
+            elif isinstance(node, ast.ImportFrom) and node.module == DATA:
                 self.imported.update({a.asname or a.name: a.name for a in node.names})
 
     def refusal(self, node: ast.AST, why: str) -> Refusal:
@@ -68,7 +71,11 @@ class Script:
         """Yield the expressions that name something of the package, each with its name there."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in self.modules:
-                yield node, node.attr
+                outer = self.parents[id(node)]
+                if node.attr == "data" and isinstance(outer, ast.Attribute):
+                    yield outer, outer.attr
+                else:
+                    yield node, node.attr
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in self.imported:
                 yield node, self.imported[node.id]
 
@@ -115,7 +122,7 @@ class Script:
     def remove_imports(self) -> None:
         """Take the package out of the import statements."""
         for node in ast.walk(self.tree):
-            if isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
+            if isinstance(node, ast.ImportFrom) and node.module in (PACKAGE, DATA):
                 self.remove(node)
             elif isinstance(node, ast.Import) and any(alias.name == PACKAGE for alias in node.names):
                 left = [alias for alias in node.names if alias.name != PACKAGE]

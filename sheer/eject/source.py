@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import io
 import itertools
 import re
@@ -52,15 +53,16 @@ def with_notes(statement: ast.stmt, notes: Notes) -> ast.stmt:
     return statement
 
 
-def read_library(folder: Path) -> dict[str, Definition]:
-    """Return all top-level definitions of the package in `folder` by name.
+@functools.cache
+def read_library(folder: Path) -> Mapping[str, Definition]:
+    """Return all top-level definitions of the package in `folder` by name: read once, and copied before they are changed.
 
     Raises:
         ValueError: two modules define the same name, which the ejector could not tell apart.
     """
     found: dict[str, Definition] = {}
     for path in sorted(folder.rglob("*.py")):
-        if path.name == "__init__.py" or "eject" in path.parts:
+        if path.name == "__init__.py" or "eject" in path.relative_to(folder).parts:
             continue
         for definition in definitions(
             path.read_text(), ".".join(path.relative_to(folder.parent).with_suffix("").parts)

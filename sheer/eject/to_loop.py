@@ -38,9 +38,10 @@ def with_loop(script: Script, facts: Facts) -> str:
     scheduled = f", schedulers={{'optimizer': {text['scheduler']}}}" if "scheduler" not in facts.none else ""
     if "scheduler" in facts.functions and facts.settings["max_steps"] is None:
         scheduled += f", total_steps={_count(facts, text['train_loader'])}"
+    divided = f", parallelize={text['parallelize']}" if "parallelize" not in facts.none else ""
     skipping = ", resume_by_skipping=True" if facts.skips else ""
     lines = [
-        f"{run} = {script.source(call.func.value)}.start({text['model']}, optimizers={{'optimizer': {text['optimizer']}}}{scheduled})",
+        f"{run} = {script.source(call.func.value)}.start({text['model']}, optimizers={{'optimizer': {text['optimizer']}}}{scheduled}{divided})",
         f"for {batch} in {run}.steps({text['train_loader']}{skipping}):",
         f"    {run}.update({optimizer}, {text['step']}, {batch})",
     ]

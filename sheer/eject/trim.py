@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Set
 
 from sheer.eject.fold import dotted, is_idle, is_pure
@@ -140,7 +141,9 @@ def _is_asked(program: Program, name: str) -> bool:
             asked += node.values if isinstance(node, ast.BoolOp) else []
             asked += [node.operand] if isinstance(node, ast.UnaryOp) else []
             if any(
-                isinstance(part, ast.Attribute) or (isinstance(part, ast.Name) and part.id in holders) for part in asked
+                (isinstance(part, ast.Attribute) and dotted(part) != "math.nan")
+                or (isinstance(part, ast.Name) and part.id in holders)
+                for part in asked
             ):
                 return True
     return False
@@ -207,4 +210,5 @@ class _UnreadAttributes(_Unread):
 
 def _is_own(target: ast.Attribute) -> bool:
     """Whether an attribute is one of the library's objects, not of the model, an optimizer or a loader."""
-    return dotted(target.value) in ("self", "progress", "run", "run.progress", "self.run", "self.run.progress")
+    name = re.sub(r"_\d+\b", "", dotted(target.value) or "")  # however it was renamed where names met
+    return name in ("self", "progress", "run", "run.progress", "self.run", "self.run.progress")

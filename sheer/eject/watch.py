@@ -73,7 +73,8 @@ def digest(values: list[Any]) -> str:
 
     total = hashlib.sha256()
     for value in values:
-        tensor = value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else None
+        own = value.to_local() if hasattr(value, "to_local") else value  # what this rank holds of it
+        tensor = own.detach().cpu().contiguous() if isinstance(own, torch.Tensor) else None
         total.update(repr(value).encode() if tensor is None else tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
@@ -138,7 +139,10 @@ def main(report: str, updates: str, run_dir: str, blocked: str, script: str, *ar
         ended = not error.code
         if error.code:
             raise
-    Path(report).write_text(json.dumps({"updates": watcher.updates, "ended": ended}))
+    rank = os.environ.get("RANK", "0")
+    Path(report if rank == "0" else f"{report}.{rank}").write_text(
+        json.dumps({"updates": watcher.updates, "ended": ended})
+    )
     sys.stdout.flush()
     os._exit(0)  # workers and exit handlers of a script that was cut off are not waited for
 

@@ -7,6 +7,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sheer.console import Console
@@ -71,6 +72,11 @@ class Loggers:
 
     def _take_state(self, name: str, logger: Any) -> None:
         self._states[name] = logger.state_dict()
+
+    def paths(self) -> list[Path]:
+        """Return the files that loggers write to by themselves, and whose lengths are in their states."""
+        clients = [getattr(logger, "client", None) for logger in self._started]
+        return [client for client in clients if isinstance(client, Path) and client.is_file()]
 
     def load_state_dict(self, states: Mapping[str, dict[str, Any]]) -> None:
         """Give the loggers back the states that `state_dict` returned; what is new has none."""

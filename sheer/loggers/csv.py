@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sheer.checkpoint.disk import sync
 from sheer.events import RunInfo
 from sheer.loggers.lines import LineFile
 
@@ -71,6 +72,7 @@ class CSV:
                 if line.endswith("\n"):
                     new.write(resized(line.removesuffix("\n"), len(columns)) + "\n")
                     rows += 1
+        sync(temporary)
         temporary.replace(path)
         self._columns, self._rows = columns, rows
         self._lines = LineFile(path, path.stat().st_size)

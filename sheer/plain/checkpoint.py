@@ -19,35 +19,43 @@ from torch.optim import Optimizer
 
 from sheer.checkpoint.optimizer import names_of
 from sheer.checkpoint.store import Saved, ranked
+from sheer.distributed.mesh import Ranks
+from sheer.run import Run
 
 
-def plain_write_checkpoint(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    texts: Mapping[str, Any],
-    facts: Mapping[str, Any],
+def plain_write(
+    directory: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
 ) -> Path:
     """Write a checkpoint; it counts once its manifest, which has the size and hash of every file, is renamed into place."""
-    path = directory / f"step-{step:08d}"
-    shutil.rmtree(path, ignore_errors=True)
+    name = f"step-{step:08d}"
+    numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in directory.glob(f"{name}*")]
+    path = directory / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
     path.mkdir(parents=True)
-    for name, group in tensors.items():
-        save_file({key: value.cpu().clone().contiguous() for key, value in group.items()}, path / f"{name}.safetensors")
-    for name, content in texts.items():
-        (path / f"{name}.json").write_text(json.dumps(content))
+    for name, group in groups.items():
+        plain_write_tensors(path / f"{name}.safetensors", group)
+    (path / "state.json").write_text(json.dumps(state))
     files = {}
     for file in sorted(path.iterdir()):
         with file.open("rb+") as stream:
             os.fsync(stream.fileno())
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            files[file.name] = {"size": file.stat().st_size, "sha256": digest}
+            files[file.name] = {
+                "size": file.stat().st_size,
+                "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+            }
+    manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, **facts}
+    manifest |= {"leads": [0], "files": files}
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     with (path / "manifest.tmp").open("w") as out:
-        json.dump({"format": 1, "step": step, "torch": torch.__version__, **facts, "files": files}, out, indent=1)
+        json.dump(manifest, out, indent=1)
         out.flush()
         os.fsync(out.fileno())
     (path / "manifest.tmp").rename(path / "manifest.json")
     return path
+
+
+def plain_write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors that share no memory."""
+    save_file({name: value.cpu().clone().contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
 
 
 def plain_committed(directory: Path) -> list[Saved]:
@@ -56,34 +64,70 @@ def plain_committed(directory: Path) -> list[Saved]:
     return [Saved(path, manifest["step"], manifest["metrics"], manifest) for path, manifest in manifests]
 
 
+def plain_expected(run: Run) -> list[Saved]:
+    """Return the checkpoints of earlier steps; one of a later step was found damaged, and counts for nothing."""
+    return [saved for saved in plain_committed(run.checkpoints) if saved.step < run.progress.step]
+
+
 def plain_newest_good(directory: Path) -> Path | None:
-    """Return the newest checkpoint whose files are as they were written."""
-    for saved in reversed(plain_committed(directory)):
+    """Return the newest checkpoint whose files are as they were written; None where there is none at all."""
+    found = plain_committed(directory)
+    for saved in reversed(found):
         hashes = {name: file["sha256"] for name, file in saved.manifest["files"].items()}
         if hashes == {name: hashlib.sha256((saved.path / name).read_bytes()).hexdigest() for name in hashes}:
             return saved.path
+    if found:
+        raise RuntimeError(f"No checkpoint in {directory} is as it was written. To start anew, give another run_dir.")
     return None
 
 
-def plain_prune(directory: Path, step: int, *, keep_last: int, keep_best: int, monitor: str | None, mode: str) -> None:
-    """Point `last` and `best` at the newest and the best checkpoint, and delete what is neither among the last nor the best."""
+def plain_checkpoint_in(path: Path) -> Path:
+    """Return the checkpoint that a path means: itself, or the last one of a run."""
+    return path if (path / "manifest.json").is_file() else (path / "checkpoints" / "last").resolve()
+
+
+def plain_manifest(path: Path) -> Any:
+    """Read the manifest of a checkpoint."""
+    return json.loads((path / "manifest.json").read_text())
+
+
+def plain_stored(path: Path, manifest: Any, group: str) -> dict[str, Tensor]:
+    """Read one file of tensors; empty where the checkpoint has none of that name."""
+    return next(map(load_file, path.glob(f"{group}.safetensors")), {})
+
+
+def plain_state(path: Path, manifest: Any) -> Any:
+    """Read all but the weights."""
+    state = json.loads((path / "state.json").read_text())
+    if state["progress"].get("owes_validation"):
+        raise RuntimeError(f"{path} was saved in a validation, which only Sheer goes on with.")
+    optimizers = plain_decode(state.pop("optimizers"), load_file(path / "optimizer.safetensors"))
+    return {**plain_decode(state, load_file(path / "state.safetensors")), "optimizers": optimizers}
+
+
+def plain_prune(
+    directory: Path, step: int, *, keep_last: int, keep_best: int, every: int | None, monitor: str | None, mode: str
+) -> None:
+    """Point `last` and `best` at the newest and the best checkpoint, and delete what does not stay."""
     found = plain_committed(directory)
-    saves = [saved for saved in found if saved.step <= step]  # a later one was found damaged, and counts for nothing
+    saves = list({saved.step: saved for saved in found if saved.step <= step}.values())  # the newest of each step
     best = ranked(saves, monitor, mode)[:keep_best]
-    kept = {saved.path for saved in [*saves[-keep_last:], *best]}
+    staying = {saved.path for saved in [*saves[-keep_last:], *best]}
+    if every is not None:
+        staying |= {saved.path for saved in saves if saved.step % every == 0}
     for link, target in [("last", saves[-1]), *(("best", saved) for saved in best[:1])]:
         (directory / f".{link}").unlink(missing_ok=True)
         (directory / f".{link}").symlink_to(target.path.name)
         (directory / f".{link}").rename(directory / link)
     for saved in found:
-        if saved.path not in kept:
+        if saved.path not in staying:
             (saved.path / "manifest.json").unlink()
             shutil.rmtree(saved.path)
 
 
-def plain_load_model(model: nn.Module, state: dict[str, Any], source: Path) -> None:
+def plain_load_model(model: nn.Module, stored: Mapping[str, Tensor], extra: dict[str, Any], source: Path) -> None:
     """Load weights by name."""
-    model.load_state_dict(state)
+    model.load_state_dict({**stored, **extra})
 
 
 def plain_load_weights(model: nn.Module, source: str | Path, which: str = "best") -> Path:
@@ -101,7 +145,7 @@ def plain_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, A
     return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
 
 
-def plain_check_weights(model: nn.Module, step: int) -> None:
+def plain_check_weights(model: nn.Module, step: int, ranks: Ranks | None) -> None:
     """Raise an error for a weight that became NaN or infinite though no loss has shown it yet."""
     for weight, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():

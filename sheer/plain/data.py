@@ -74,10 +74,10 @@ class PlainData:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
-        size, batches = self.loader.batch_size, len(self.loader)
-        samples = min(len(self.loader.dataset), batches * size)
+        size = self.loader.batch_size
+        samples = min(len(self.loader.dataset), len(self.loader) * size)
         source = {"seed": self.seed, "samples": samples, "batch_size": size, "shuffle": True, "generators": []}
-        return {"kind": "GlobalOrderSource", "batches": batches, "source": source, "random": None}
+        return {"kind": "GlobalOrderSource", "batches": len(self.loader), "source": source, "random": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the seed of the run that goes on."""

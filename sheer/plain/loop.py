@@ -8,16 +8,20 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sheer.build import takes_step_number
-from sheer.data.batch import count_samples
+from sheer.checkpoint.codec import encode
+from sheer.checkpoint.optimizer import optimizer_state
+from sheer.data.batch import StepBatch, count_samples
 from sheer.evaluation import Evaluation
 from sheer.loop import finish, log_training, validate
 from sheer.own_loop import apply_one, backward_alone, is_last_step, own_steps, start_loop
+from sheer.plain.checkpoint import plain_prune, plain_write
 from sheer.plugins import Plugins
-from sheer.run import Result, Run, result_of
+from sheer.run import Result, Run, result_of, tensors_of
+from sheer.saving import check_weights, own_state_of, state_of
 from sheer.session import leave_if_told
 from sheer.settings import Settings
 from sheer.signals import StopSignals, is_signal
@@ -112,7 +116,7 @@ class PlainLoop:
 
     def backward(self, step_function: Any, batch: Any, optimizer: Optimizer | None = None) -> Any:
         """Add the gradients of a step's loss to what the parameters hold; returns what the step returned."""
-        parts = batch if self.cfg.accumulate_grad_batches > 1 else [(batch, count_samples(batch))]
+        parts = batch if self.cfg.accumulate_grad_batches > 1 else StepBatch([(batch, count_samples(batch))])
         name = next((name for name, own in self.run.optimizers.items() if own is optimizer), None)
         prefix = f"{name}/" if name is not None and len(self.run.optimizers) > 1 else ""
         numbered = takes_step_number(step_function)
@@ -151,3 +155,41 @@ class PlainLoop:
             logger.close()
         leave_if_told(self.run, self.signals)
         return result_of(self.run)
+
+
+def plain_save_and_tell(cfg: Settings, run: Run, *, wait: bool) -> None:
+    """Save, and tell the callbacks."""
+    path = plain_save(cfg, run)
+    run.progress.saved_at = run.progress.step
+    for callback in run.events.save:
+        callback.on_save(run.progress.step, path)
+
+
+def plain_save(cfg: Settings, run: Run) -> Path:
+    """Write a checkpoint of the run as it is at the end of a step, and delete those that it makes superfluous."""
+    if cfg.nonfinite == "raise":
+        run.watch.check(run.ranks)
+        check_weights(run.model, run.progress.step, run.ranks)
+    own, held = dict[str, Tensor](), dict[str, Tensor]()
+    extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
+    optimizers = {name: optimizer_state(optimizer, run.model) for name, optimizer in run.optimizers.items()}
+    state = encode({**own_state_of(run), **state_of(run)}, own)
+    state |= {"optimizers": encode(optimizers, held), "extra": encode(extra, own, "extra")}
+    trained, averages = tensors_of(run.model), run.averaging.averages() if run.averaging is not None else None
+    groups = {"model": {**trained, **(averages or {})}, "optimizer": held, "state": own}
+    if averages is not None:
+        groups["training"] = trained  # "model" holds the averages, which are what is used
+    measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
+    facts = {"run_id": run.info.run_id, "metrics": encode(measured, {}), "settings": dict(run.info.settings)}
+    path = plain_write(run.checkpoints, run.progress.step, groups, state, facts)
+    if cfg.checkpoint is not None:
+        plain_prune(
+            run.checkpoints,
+            run.progress.step,
+            keep_last=cfg.checkpoint.keep_last,
+            keep_best=cfg.checkpoint.keep_best,
+            every=cfg.checkpoint.keep_every_n_steps,
+            monitor=cfg.monitor,
+            mode=cfg.monitor_mode,
+        )
+    return path

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sheer.distributed.agree import gathered
 from sheer.metrics import Mean
 
 PlainWatched = list[tuple[int, str, Tensor]]
@@ -26,7 +27,7 @@ class PlainMetrics:
             kept = plain_kept(value)
             self.rows.setdefault(prefix + name, []).append((kept, samples))
 
-    def read(self) -> dict[str, float]:
+    def read(self, ranks: None = None) -> dict[str, float]:
         """Return the means, and start anew."""
         rows, self.rows = self.rows, {}
         return {name: plain_mean(values) for name, values in rows.items()}
@@ -55,6 +56,27 @@ def plain_mean(rows: list[tuple[Any, int]]) -> float:
     if isinstance(rows[0][0], Mean):
         return sum(float(value.total) for value, _ in rows) / (sum(float(value.count) for value, _ in rows) or math.nan)
     return sum(float(value) * samples for value, samples in rows) / sum(samples for _, samples in rows)
+
+
+def plain_sum(rows: list[tuple[Any, int]]) -> tuple[float, float]:
+    """Return the sum of values, each with its weight, and that of the weights."""
+    if isinstance(rows[0][0], Mean):
+        return sum(float(value.total) for value, _ in rows), sum(float(value.count) for value, _ in rows)
+    return sum(float(value) * samples for value, samples in rows), sum(samples for _, samples in rows)
+
+
+def plain_read_on_ranks(metrics: PlainMetrics, counts: bool) -> dict[str, float]:
+    """Return the means over all ranks, and start anew.
+
+    What this one measured is added if it `counts`: others may have measured the same.
+    """
+    rows, metrics.rows = metrics.rows, {}
+    sums: dict[str, tuple[float, float]] = {}
+    for part in gathered({name: plain_sum(values) for name, values in rows.items()} if counts else {}):
+        for name, (total, weight) in part.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + total, before[1] + weight)
+    return {name: total / (weight or math.nan) for name, (total, weight) in sums.items()}
 
 
 def plain_rows_state(rows: list[tuple[Any, int]]) -> dict[str, Any]:

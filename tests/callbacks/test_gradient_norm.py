@@ -49,11 +49,11 @@ def test_nothing_is_computed_at_other_steps(monkeypatch: pytest.MonkeyPatch) -> 
     calls = []
     from sheer.callbacks import gradient_norm
 
-    def counted(gradients: Any, norm_type: float) -> Any:
+    def counted(gradients: Any, ranks: None, norm_type: float) -> Any:
         calls.append(len(gradients))
         return torch.tensor(0.0)
 
-    monkeypatch.setattr(gradient_norm, "get_total_norm", counted)
+    monkeypatch.setattr(gradient_norm, "global_norm", counted)
     net = model()
     trainer(callbacks=[sheer.GradientNorm()], max_epochs=1, log_every_n_steps=3).fit(
         net, loss_step, loader(), optimizer=SGD(net.parameters(), lr=0.01)

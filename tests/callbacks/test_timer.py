@@ -38,9 +38,9 @@ class Clock:
 def fitted(*callbacks: Any, **settings: Any) -> sheer.Result:
     net = nn.Linear(6, 1)
     settings = {"max_epochs": 2, "run_dir": "run", "resume": "auto", "log_every_n_steps": 3, **settings}
-    return trainer(callbacks=callbacks, checkpoint=sheer.Checkpoint(every_n_epochs=1), **settings).fit(
-        net, step, loader(), loader(50), optimizer=SGD(net.parameters(), lr=0.01)
-    )
+    return trainer(
+        callbacks=callbacks, checkpoint=sheer.Checkpoint(every_n_epochs=1, asynchronous=False), **settings
+    ).fit(net, step, loader(), loader(50), optimizer=SGD(net.parameters(), lr=0.01))
 
 
 def test_seconds_of_training_validation_and_saving_also_over_a_resumption(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 
 import sheer
+from sheer.data import LengthGroupedBatches
 from tests.task import trainer
 from tests.test_resume import StopAt
 
@@ -68,7 +69,7 @@ class Case(NamedTuple):
 
 
 KINDS = (
-    "shuffled", "in order", "a sampler", "a sampler with its generator", "a batch sampler", "samples", "an iterable",
+    "shuffled", "in order", "a sampler", "a sampler with its generator", "a batch sampler", "alike lengths", "samples", "an iterable",
     "torchdata's", "a list", "a dict",
 )  # fmt: skip
 
@@ -91,6 +92,8 @@ def make(case: Case) -> Any:
         case "a batch sampler":
             batches = BatchSampler(RandomSampler(range(SAMPLES), replacement=True), 3, drop_last=False)
             return DataLoader(Noisy(), batch_sampler=batches, **workers)
+        case "alike lengths":
+            return DataLoader(Noisy(), batch_sampler=LengthGroupedBatches(range(1, SAMPLES + 1), 3), **workers)
         case "samples":
             return DataLoader(Noisy(5), batch_size=None, shuffle=True, **workers)
         case "an iterable":  # an order that is drawn in workers that persist is not kept, as docs/data.md says

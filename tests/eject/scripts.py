@@ -41,8 +41,22 @@ SCHEDULER = """def scheduler(optimizer, total_steps):
 
 """
 CALL = "model, step, train_loader, val_loader, optimizer=optimizer"
+WATCHED = "sheer.ModelSummary(depth=2), sheer.Profiler(wait=1, warmup=1, active=2)"
+ON = "log_every_n_steps=4, run_dir='runs/here'"
 OFF = "checkpoint=False, log_every_n_steps=4"
 
+PACKED = """texts = [torch.arange(size) % 20 for size in (5, 9, 30, 2, 7, 16, 11, 3, 8, 40, 6)]
+packed = sheer.data.Packed(texts, 12)
+words = nn.Embedding(20, 12)
+
+
+def word_step(model, batch):
+    hidden = model(batch["tokens"])[:, None]
+    hidden = F.scaled_dot_product_attention(hidden, hidden, hidden, attn_mask=sheer.document_mask(batch["documents"]))
+    return sheer.linear_cross_entropy(hidden[:, 0], model.weight, batch["targets"], chunk_size=10)
+
+
+"""
 ROWS: dict[str, str] = {
     "plain": script(f"max_epochs=2, {OFF}"),
     "steps": script(f"max_steps=9, {OFF}"),
@@ -61,6 +75,11 @@ ROWS: dict[str, str] = {
     "ignore": script(f"max_steps=9, nonfinite='ignore', {OFF}"),
     "validate": script(f"max_steps=10, validate_every_n_steps=4, validate_first=True, limit_val_batches=2, {OFF}"),
     "no validation": script(f"max_steps=9, {OFF}", "model, step, train_loader, optimizer=optimizer"),
+    "packed documents": script(
+        f"max_epochs=2, {OFF}",
+        "words, word_step, DataLoader(packed, 4, shuffle=True), optimizer=torch.optim.AdamW(words.parameters())",
+        PACKED,
+    ),
     "scheduler": script(f"max_epochs=2, {OFF}", f"{CALL}, scheduler=scheduler", SCHEDULER),
     "scheduler by epoch": script(
         f"max_epochs=3, scheduler_interval='epoch', {OFF}",
@@ -83,11 +102,22 @@ ROWS: dict[str, str] = {
         f"max_steps=9, callbacks=[sheer.LearningRateMonitor(), sheer.GradientNorm(per_parameter=True)], {OFF}"
     ),
     "csv": script(f"max_steps=9, loggers=[sheer.CSV()], {OFF}"),
+    "wandb": script(f"max_epochs=2, loggers=[sheer.WandB('p', mode='offline')], {OFF}"),
+    "mlflow": script(f"max_epochs=2, loggers=[sheer.MLflow('p', tracking_uri='sqlite:///ml.db')], {OFF}"),
+    "hparams": script(f"max_epochs=2, hparams={{'lr': 1e-2, 'width': 12}}, loggers=[sheer.TensorBoard()], {OFF}"),
+    "freeze": script(f"max_epochs=2, callbacks=[sheer.Freeze('0.*', until_step=4)], {OFF}"),
+    "freeze by epoch": script(f"max_epochs=2, callbacks=[sheer.Freeze('0.*', until_epoch=1)], {OFF}"),
+    "swa": script(f"max_epochs=4, callbacks=[sheer.SWA(start_epoch=2, lr=1e-3, anneal_steps=3)], {OFF}"),
+    "swa by steps": script(
+        f"max_epochs=3, callbacks=[sheer.SWA(start_step=5, every_n_steps=2, bn_loader=False)], {ON}"
+    ),
+    "watched": script(
+        f"max_epochs=2, callbacks=[sheer.Timer(stop_after=1e3), sheer.DeviceStats(), sheer.Throughput(), {WATCHED}], {OFF}"
+    ),
     "deterministic": script(f"max_steps=9, deterministic=True, {OFF}"),
     "compile": script(f"max_steps=3, compile=True, {OFF}"),
 }
 
-ON = "log_every_n_steps=4, run_dir='runs/here'"
 BARE = """def step(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
 
@@ -330,3 +360,28 @@ AS_LOOPS = (
     "ema", "several validations", "own validation", "saved often", "goes on", "evaluated", "no validation", "main",
 )  # fmt: skip
 ROWS["validate often"] = script(f"max_steps=10, validate_every_n_steps=4, limit_val_batches=2, {OFF}")
+
+# Runs on several ranks: how many, and the script.
+PLAN = """from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+plan = {"0": ColwiseParallel(), "3": RowwiseParallel()}
+"""
+ON_RANKS: dict[str, tuple[int, str]] = {
+    "DDP": (2, script(f"max_epochs=2, parallel='ddp', gradient_clip_val=0.5, {OFF}", before=MEANS)),
+    "DDP, accumulated": (
+        2,  # of every second batch, which has one sample, the second rank has none
+        script(f"max_epochs=4, parallel='ddp', accumulate_grad_batches=2, {OFF}").replace("batch_size=16, sh", "batch_size=89, sh"),
+    ),
+    "FSDP2, 16 bits": (
+        2,
+        script(f"max_epochs=2, parallel='fsdp', precision='bf16-mixed', micro_batch_size=3, gradient_clip_val=0.5, {OFF}"),
+    ),
+    "FSDP2": (
+        2,  # each rank has statistics of its own, and evaluates with those of the first
+        script(f"max_epochs=2, parallel='fsdp', micro_batch_size=5, gradient_clip_val=0.5, {OFF}").replace("nn.Tanh()", "nn.BatchNorm1d(12)"),
+    ),
+    "TP x FSDP2": (
+        4,
+        script(f"max_epochs=2, parallel=sheer.Parallel(tp=2), gradient_clip_val=0.5, {OFF}", f"{CALL}, parallelize=plan", PLAN + MEANS),
+    ),
+}  # fmt: skip

@@ -14,6 +14,8 @@ import sheer
 from sheer.eject.eject import eject
 from tests.eject.scripts import CALL, script
 
+pytestmark = pytest.mark.xdist_group("checkpoints_both_ways")  # what its tests share is made once
+
 ROOT = Path(sheer.__file__).parents[1]
 SETTINGS = (
     "monitor='val/loss', resume='auto', run_dir='run', log_every_n_steps=4, gradient_clip_val=1.0, "

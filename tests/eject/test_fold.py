@@ -69,7 +69,7 @@ def test_expressions(text, expected):
     [
         ("if cfg.on:\n    a()\nelse:\n    b()", "a()"),
         ("if not cfg.on:\n    a()", ""),
-        ("if y:\n    pass\nelif cfg.on:\n    a()\nelse:\n    b()", "if y:\n    pass\nelse:\n    a()"),
+        ("if y:\n    pass\nelif cfg.on:\n    a()\nelse:\n    b()", "if not y:\n    a()"),
         ("if y and cfg.on:\n    a()", "if y:\n    a()"),
         ("for c in callbacks:\n    c.go(step)", "ema.go(step)\nstopper.go(step)"),
         ("for c in none:\n    c.go()", ""),

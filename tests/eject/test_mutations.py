@@ -11,6 +11,8 @@ from sheer.eject.check import Compared, check
 from sheer.eject.eject import eject
 from tests.eject.scripts import ON, SCHEDULER, script
 
+pytestmark = pytest.mark.xdist_group("mutations")  # what its tests share is made once
+
 SCRIPT = script(
     f"max_epochs=2, precision='bf16-mixed', gradient_clip_val=0.5, accumulate_grad_batches=2, callbacks=[sheer.EMA(0.9)], {ON}",
     "model, step, train_loader, val_loader, optimizer=optimizer, scheduler=scheduler",

@@ -16,7 +16,12 @@ from sheer.eject.propagate import bind_parameters, fold_all, narrow_parameters, 
 from sheer.eject.tidy import make_flags, merge_zeros, pass_by_the_same_name, pass_directly, tidy_names, use_directly
 from tests.eject.programs import program, same, text_of
 
-NEEDLESS = Needless(frozenset({"check", "run.say"}), frozenset({"Place"}), frozenset({"InputError"}))
+NEEDLESS = Needless(
+    frozenset({"check", "run.say"}),
+    frozenset({"Place"}),
+    frozenset({"InputError"}),
+    frozenset({"torch.OutOfMemoryError"}),
+)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +45,10 @@ NEEDLESS = Needless(frozenset({"check", "run.say"}), frozenset({"Place"}), froze
             "def main(x):\n    go(x)",
         ),
         ("def main(x):\n    try:\n        go(x)\n    except Exception:\n        undo(x)\n        raise",) * 2,
+        (
+            "def main(x):\n    try:\n        go(x)\n    except torch.OutOfMemoryError as error:\n        go_again(x, error)",
+            "def main(x):\n    go(x)",
+        ),
         (
             "def main(x):\n    with closing(read(x)) as rows:\n        for row in rows:\n            go(row)",
             "def main(x):\n    for row in read(x):\n        go(row)",

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from sheer.cli import app
 from sheer.eject.eject import eject
 from sheer.eject.program import Refusal
+from sheer.eject.script import Script
 from tests.eject.scripts import CALL, OFF, script
 
 SMALL = script(f"max_steps=9, {OFF}")
@@ -30,7 +31,12 @@ def refused(text: str, folder: Path, name: str = "train.py") -> str:
         (SMALL + f"trainer.fit({CALL})\n", "Eject a script for each call that trains"),
         (SMALL.replace("import sheer\n", "import sheer\nfrom sheer import *\n"), "Name what you import"),
         (SMALL.replace("import sheer\n", "import sheer\nimport sheer.trainer\n"), "line 4: import sheer.trainer is not followed"),
+        (script(f"max_steps=9, autotune=True, {OFF}"), "says what to write in its place"),
+        (script(f"max_steps=9, cuda_graph=True, {OFF}"), "cuda_graph=True has no form without the library yet"),
         (SMALL + "print(sheer.find_lr)\n", "sheer.find_lr is used here, which has no form without the library"),
+        (SMALL + "sheer.load_weights(model, 'w.safetensors', rename={'a': 'b'})\n", "load_weights(rename=...) has no form without the library"),
+        (SMALL + "sheer.load_weights(model, 'w.ckpt')\n", "load_weights of 'w.ckpt' has no form without the library"),
+        (SMALL.replace("checkpoint=False", "checkpoint=sheer.Checkpoint(directory='s3://a/b')"), "Checkpoint(directory=...) has no form without the library"),
         (SMALL + "print(trainer.settings)\n", "trainer.settings cannot be ejected here"),
         (SMALL.replace("trainer.fit(", "trainers = [trainer]\ntrainers[0].fit("), "the trainer is passed on"),
         (SMALL.replace("trainer = sheer.Trainer(", "trainers = [sheer.Trainer(").replace(f"{OFF})", f"{OFF})]").replace("trainer.fit", "trainers[0].fit"), "the trainer needs a name"),
@@ -138,3 +144,17 @@ def test_what_the_script_says_stays_as_it_was(tmp_path: Path, monkeypatch: pytes
     at = -1
     for line in left:
         at = lines.index(line, at + 1)
+
+
+def test_float8_is_refused_with_the_way_to_do_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refused(script(f"max_steps=9, precision='float8-mixed', {OFF}"), tmp_path)
+    assert 'Eject with "bf16-mixed", and call torchao.float8.convert_to_float8_training' in message
+
+
+def test_what_a_script_names_of_the_data_is_found() -> None:
+    text = "import sheer\nfrom sheer.data import Packed as P\nsheer.mean(P(x, 3))\nsheer.data.GlobalSampler(x)\nsheer.data\n"
+    found = Script(Path("train.py"), text)
+    assert sorted(name for _, name in found.references()) == ["GlobalSampler", "Packed", "data", "mean"]
+    found.remove_imports()
+    assert found.edited().startswith("sheer.mean(P(x, 3))")

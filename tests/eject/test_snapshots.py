@@ -11,15 +11,25 @@ import pytest
 from sheer.eject.check import check
 from sheer.eject.eject import eject
 
+pytestmark = pytest.mark.new_processes  # as a user would run them
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SOURCES = {
     "digits": HERE / "sources" / "digits.py",
+    "digits_ddp": HERE / "sources" / "digits_ddp.py",
+    "digits_fsdp": HERE / "sources" / "digits_fsdp.py",
     "design": HERE / "sources" / "design.py",
     "gpt": ROOT / "examples" / "gpt.py",
     "gan": ROOT / "examples" / "gan.py",
 }
-LINES = {"digits": 150, "design": 800, "gpt": 1040, "gan": 850}  # at most, in all
+LINES = {
+    "digits": 150,
+    "digits_ddp": 310,
+    "digits_fsdp": 370,
+    "design": 800,
+    "gpt": 1040,
+    "gan": 850,
+}  # at most, in all
 
 
 @pytest.mark.parametrize("name", SOURCES)

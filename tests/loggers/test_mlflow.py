@@ -15,6 +15,8 @@ import torch
 import sheer
 from tests.logging_task import Broken, fit, info
 
+pytestmark = pytest.mark.xdist_group("mlflow")  # what its tests share is made once
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:

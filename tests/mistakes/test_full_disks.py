@@ -75,7 +75,7 @@ def test_a_disk_that_is_full_when_a_run_goes_on_leaves_the_run_as_it_was() -> No
 @pytest.mark.parametrize("room", [100, 3000])
 def test_a_disk_that_runs_full_in_a_save_leaves_the_older_checkpoint_and_the_run_goes_on_from_it(room: int) -> None:
     """Whether the tensors do not fit, or they do and the state does not."""
-    how: dict[str, Any] = {"checkpoint": sheer.Checkpoint(every_n_steps=2), "max_steps": 8, **QUIET}
+    how: dict[str, Any] = {"checkpoint": sheer.Checkpoint(every_n_steps=2, asynchronous=False), "max_steps": 8, **QUIET}
     whole = model()
     sheer.seed_everything(0)
     fit(net=whole, run_dir="whole", **how)
@@ -102,7 +102,8 @@ def test_a_save_of_the_same_step_that_fails_leaves_the_one_that_was_there() -> N
     """One's own loop that ends behind a save is saved again at its end."""
     net = model()
     optimizer = SGD(net.parameters(), lr=0.01)
-    made = sheer.Trainer(max_steps=9, run_dir="run", checkpoint=sheer.Checkpoint(every_n_steps=2), **QUIET)
+    saves = sheer.Checkpoint(every_n_steps=2, asynchronous=False)
+    made = sheer.Trainer(max_steps=9, run_dir="run", checkpoint=saves, **QUIET)
     run = made.start(net, optimizers={"sgd": optimizer})
     for batch in run.steps(loader()):
         if run.step == 3:

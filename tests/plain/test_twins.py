@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sheer.checkpoint.codec import decode, encode
-from sheer.checkpoint.store import committed, prune, read_tensors, verify, write_checkpoint
+from sheer.checkpoint.disk import Disk
+from sheer.checkpoint.read import stored_in
+from sheer.checkpoint.store import Content, Retention, committed, prune, read_manifest, verify, write_checkpoint
 from sheer.data.batch import count_samples, move
 from sheer.data.choose import make_source
 from sheer.data.feed import TrainingData
@@ -27,7 +30,7 @@ from sheer.plain.checkpoint import (
     plain_encode,
     plain_newest_good,
     plain_prune,
-    plain_write_checkpoint,
+    plain_write,
 )
 from sheer.plain.data import (
     PlainData,
@@ -162,36 +165,47 @@ def test_the_random_state_passes_through_either() -> None:
     assert again["numpy"][1].tolist() == state["numpy"][1].tolist()
 
 
-def save(write: Any, folder: Path, step: int, loss: float) -> Path:
-    path: Path = write(
-        folder,
-        step,
-        {"model": {"w": torch.tensor([float(step)])}},
-        {"state": [step]},
-        {"run_id": "r", "metrics": {"l": loss}},
+def save(folder: Path, step: int, loss: float) -> Path:
+    content = Content(
+        step, 0, 1, True, {"model": {"w": torch.tensor([float(step)])}}, {}, True, {"state": [step]}, facts_of(loss)
     )
+    disk = Disk(folder)
+    saved = write_checkpoint(disk, disk.unused(step), content, 0.0, Event())
+    assert saved is not None
+    prune(disk, committed(disk), Retention(last=2, best=1, every=5, monitor="l"))
+    return saved.path
+
+
+def plain_saved(folder: Path, step: int, loss: float) -> Path:
+    path = plain_write(folder, step, {"model": {"w": torch.tensor([float(step)])}}, [step], facts_of(loss))
+    plain_prune(folder, step, keep_last=2, keep_best=1, every=5, monitor="l", mode="min")
     return path
+
+
+def facts_of(loss: float) -> dict[str, Any]:
+    return {"run_id": "r", "metrics": {"l": loss}, "settings": {}}
 
 
 def test_checkpoints_are_read_and_pruned_by_the_other(tmp_path: Path) -> None:
     folders = tmp_path / "original", tmp_path / "twin"
-    for number, loss in enumerate((0.5, 0.1, 0.7, 0.6), start=1):
-        for folder, write, keep in zip(
-            folders, (write_checkpoint, plain_write_checkpoint), (prune, plain_prune), strict=True
-        ):
-            verify(save(write, folder, number, loss))
-            keep(folder, number, keep_last=2, keep_best=1, monitor="l", mode="min")
+    losses = (0.5, 0.1, 0.7, 0.6, 0.4, 0.4, 0.4, 0.4)
+    for number, loss in enumerate(losses, start=1):
+        for folder, write in zip(folders, (save, plain_saved), strict=True):
+            verify(write(folder, number, loss))
+    verify(save(folders[0], 8, 0.3))
+    verify(plain_saved(folders[1], 8, 0.3))
     names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
-    assert names[0] == names[1] == ["best", "last", "step-00000002", "step-00000003", "step-00000004"]
+    stay = ["step-00000002", "step-00000005", "step-00000007", "step-00000008-2"]
+    assert names[0] == names[1] == ["best", "last", *stay]
     for folder in folders:
         assert (folder / "best").resolve().name == "step-00000002"
-        assert (folder / "last").resolve().name == "step-00000004"
-        assert [(s.step, s.metrics) for s in committed(folder)] == [
+        assert (folder / "last").resolve().name == "step-00000008-2"
+        assert [(s.step, s.metrics) for s in committed(Disk(folder))] == [
             (s.step, s.metrics) for s in plain_committed(folder)
         ]
-        assert read_tensors(folder / "last", "model")["w"].tolist() == [4.0]
+        assert stored_in(folder / "last", read_manifest(folder / "last"), "model")["w"].tolist() == [8.0]
         newest = plain_newest_good(folder)
-        assert newest is not None and newest.name == "step-00000004"
+        assert newest is not None and newest.name == "step-00000008-2"
         (newest / "model.safetensors").write_bytes(b"damaged")
         older = plain_newest_good(folder)
-        assert older is not None and older.name == "step-00000003"
+        assert older is not None and older.name == "step-00000007"

@@ -1,6 +1,6 @@
 """Handwritten digits, the short way."""
 
-# From `digits.py`, by `sheer eject` 0.1.0 (Apache License 2.0); it is yours, to change as you like.
+# From `digits.py`, by `sheer eject` 0.1.0 (Apache License 2.0), for one process (set parallel="ddp" or "fsdp" for several ranks); it is yours, to change as you like.
 # Settings: max_epochs=5, precision='bf16-mixed', gradient_clip_val=1.0, checkpoint=False.
 
 import torch

@@ -1,6 +1,6 @@
 """A GAN that learns a ring of eight points: two networks, two optimizers, one step counts once. About fifteen seconds."""
 
-# From `gan.py`, by `sheer eject` 0.1.0 (Apache License 2.0); it is yours, to change as you like.
+# From `gan.py`, by `sheer eject` 0.1.0 (Apache License 2.0), for one process (set parallel="ddp" or "fsdp" for several ranks); it is yours, to change as you like.
 # Settings: max_steps=2000, log_every_n_steps=500, checkpoint=Checkpoint(), run_dir='runs/gan', resume='auto'.
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ def committed(directory: Path) -> list[Saved]:
 
 
 def newest_good(directory: Path) -> Path | None:
-    """Return the newest checkpoint whose files are as they were written."""
-    for saved in reversed(committed(directory)):
+    """Return the newest checkpoint whose files are as they were written; None where there is none at all."""
+    found = committed(directory)
+    for saved in reversed(found):
         hashes = {name: file["sha256"] for name, file in saved.manifest["files"].items()}
         if hashes == {name: hashlib.sha256((saved.path / name).read_bytes()).hexdigest() for name in hashes}:
             return saved.path
+    if found:
+        raise RuntimeError(f"No checkpoint in {directory} is as it was written. To start anew, give another run_dir.")
     return None
 
 
@@ -75,6 +78,29 @@ def held_by(optimizer: Optimizer, model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model that an optimizer updates, in the model's order."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [parameter for parameter in model.parameters() if id(parameter) in held]
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands. A step counts once it has begun; all others count what is done."""
+
+    step: int = 0  # steps, from the start of the run
+    epoch: int = 0  # whole epochs
+    batch: int = 0  # batches of the loader in the epoch that is running
+    seconds: float = 0.0  # time spent between the start and the last save, earlier sessions counted in
+    stopped_by: str | None = None  # why the run ended; None: it has not
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation, or log point
+    validated_at: int = -1  # the step of that validation
+    saved_at: int = -1  # the step whose checkpoint holds all of the run as it is now; -1: something came since
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it."""
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        for own in dataclasses.fields(self):
+            setattr(self, own.name, state.get(own.name, getattr(self, own.name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +127,8 @@ def move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, PackedSequence):  # a named tuple that must not be taken apart
-        orders = [
-            None if order is None else order.to(device) for order in (value.sorted_indices, value.unsorted_indices)
-        ]
+        given = value.sorted_indices, value.unsorted_indices
+        orders = [None if order is None else order.to(device) for order in given]
         return PackedSequence(value.data.to(device, None), value.batch_sizes, *orders)
     if hasattr(value, "to") and (not isinstance(value, type)):
         return value.to(device)
@@ -150,57 +175,33 @@ class Data:
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
         size = self.loader.batch_size
-        batches = len(self.loader)
-        samples = min(len(self.loader.dataset), batches * size)
+        samples = min(len(self.loader.dataset), len(self.loader) * size)
         source = {"seed": self.seed, "samples": samples, "batch_size": size, "shuffle": True, "generators": []}
-        return {"kind": "GlobalOrderSource", "batches": batches, "source": source, "random": None}
+        return {"kind": "GlobalOrderSource", "batches": len(self.loader), "source": source, "random": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the seed of the run that goes on."""
         self.seed = state["source"]["seed"]
 
 
-@dataclass(slots=True)
-class Progress:
-    """Where a run stands. A step counts once it has begun; all others count what is done."""
-
-    step: int = 0  # steps, from the start of the run
-    epoch: int = 0  # whole epochs
-    batch: int = 0  # batches of the loader in the epoch that is running
-    seconds: float = 0.0  # time spent between the start and the last save, earlier sessions counted in
-    stopped_by: str | None = None  # why the run ended; None: it has not
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation, or log point
-    validated_at: int = -1  # the step of that validation
-    saved_at: int = -1  # the step whose checkpoint holds all of the run as it is now; -1: something came since
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all of it."""
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
-        for own in dataclasses.fields(self):
-            setattr(self, own.name, state.get(own.name, getattr(self, own.name)))
-
-
-def _tensors(value: Any) -> Iterator[Tensor | PackedSequence]:
+def tensors_in(value: Any) -> Iterator[Tensor | PackedSequence]:
     """Yield the tensors in a batch, in order."""
     if isinstance(value, (Tensor, PackedSequence)):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif dataclasses.is_dataclass(value) and (not isinstance(value, type)):
         for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
+            yield from tensors_in(getattr(value, field.name))
 
 
 def count_samples(batch: Any) -> int:
     """Count the samples of a batch: the leading dimension of the first tensor in it, 1 where there is none."""
-    first = next(_tensors(batch), None)
+    first = next(tensors_in(batch), None)
     if isinstance(first, PackedSequence):
         return int(first.batch_sizes[0])
     return first.shape[0] if first is not None and first.dim() > 0 else 1
@@ -379,6 +380,21 @@ def log_training(run: Run) -> None:
     report(run, logged)
 
 
+def names_of(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """Return the names of an optimizer's parameters, in its own order; those outside the model are numbered."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [known.get(id(parameter), f"#{index}") for index, parameter in enumerate(parameters)]
+
+
+def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return the state of each parameter, and the groups, both by name."""
+    names = names_of(optimizer, model)
+    state = optimizer.state_dict()
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
+
+
 def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """Return a value as JSON; the tensors in it go into `tensors`, named by their path."""
     match value:
@@ -399,21 +415,6 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     return value
 
 
-def names_of(optimizer: Optimizer, model: nn.Module) -> list[str]:
-    """Return the names of an optimizer's parameters, in its own order; those outside the model are numbered."""
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return [known.get(id(parameter), f"#{index}") for index, parameter in enumerate(parameters)]
-
-
-def optimizer_state(o: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return the state of each parameter, and the groups, both by name."""
-    names = names_of(o, model)
-    state = o.state_dict()
-    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
-    return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
-
-
 def random_state() -> dict[str, Any]:
     """Return the states of all generators of this process, now or at a snapshot."""
     accelerator = torch.get_device_module().get_rng_state_all() if torch.accelerator.is_available() else None
@@ -429,72 +430,82 @@ def logger_states(run: Run) -> dict[str, Any]:
     return {"JSONL": {"run": run.info.run_id, "size": size}}
 
 
-def write_checkpoint(
-    directory: Path, step: int, trained: Any, tensors: Any, state: Any, texts: Any, facts: Mapping[str, Any]
-) -> Path:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors that share no memory."""
+    save_file({name: value.cpu().clone().contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
+
+
+def write(directory: Path, step: int, trained: Any, held: Any, own: Any, state: Any, facts: Mapping[str, Any]) -> Path:
     """Write a checkpoint; it counts once its manifest, which has the size and hash of every file, is renamed into place."""
-    path = directory / f"step-{step:08d}"
-    shutil.rmtree(path, ignore_errors=True)
+    name = f"step-{step:08d}"
+    numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in directory.glob(f"{name}*")]
+    path = directory / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
     path.mkdir(parents=True)
-    save_file({key: value.cpu().clone().contiguous() for key, value in {**trained}.items()}, path / "model.safetensors")
-    save_file({key: value.cpu().clone().contiguous() for key, value in tensors.items()}, path / "state.safetensors")
+    write_tensors(path / "model.safetensors", {**trained})
+    write_tensors(path / "optimizer.safetensors", held)
+    write_tensors(path / "state.safetensors", own)
     (path / "state.json").write_text(json.dumps(state))
-    (path / "extra.json").write_text(json.dumps(texts))
     files = {}
     for file in sorted(path.iterdir()):
         with file.open("rb+") as stream:
             os.fsync(stream.fileno())
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            files[file.name] = {"size": file.stat().st_size, "sha256": digest}
+            files[file.name] = {
+                "size": file.stat().st_size,
+                "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+            }
+    manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, **facts}
+    manifest |= {"leads": [0], "files": files}
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     with (path / "manifest.tmp").open("w") as out:
-        json.dump({"format": 1, "step": step, "torch": torch.__version__, **facts, "files": files}, out, indent=1)
+        json.dump(manifest, out, indent=1)
         out.flush()
         os.fsync(out.fileno())
     (path / "manifest.tmp").rename(path / "manifest.json")
     return path
 
 
-def save_checkpoint(run: Run) -> Path:
-    """Write a checkpoint of the run as it is at the end of a step, and prune those that it makes superfluous."""
+def save(run: Run) -> Path:
+    """Write a checkpoint of the run as it is at the end of a step, and delete those that it makes superfluous."""
     check(run.watch)
     for weight, parameter in run.model.named_parameters():
         if parameter.requires_grad and (not parameter.isfinite().all()):
             raise FloatingPointError(
                 f"{weight} became NaN or infinite by step {run.progress.step}, which is not saved."
             )
-    tensors: dict[str, Tensor] = {}
+    own = dict[str, Tensor]()
+    held = dict[str, Tensor]()
+    extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
+    optimizers = {name: optimizer_state(optimizer, run.model) for name, optimizer in run.optimizers.items()}
     state = encode(
         {
+            "random": random_state(),
+            "data": run.data.state_dict() if run.data is not None else None,
+            "metrics": run.metrics.state_dict(),
             "progress": {**run.progress.state_dict(), "seconds": run.progress.seconds + time.monotonic() - run.began},
             "scheduled_steps": run.scheduled_steps,
-            "optimizers": {name: optimizer_state(o, run.model) for name, o in run.optimizers.items()},
             "schedulers": {},
             "scheduler_classes": {},
             "scaler": None,
-            "metrics": run.metrics.state_dict(),
-            "random": random_state(),
-            "data": run.data.state_dict() if run.data is not None else None,
             "callbacks": {},
             "loggers": logger_states(run),
         },
-        tensors,
+        own,
     )
+    state |= {"optimizers": encode(optimizers, held), "extra": encode(extra, own, "extra")}
     trained = {name: value for name, value in run.model.state_dict().items() if isinstance(value, Tensor)}
-    extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
-    texts = encode(extra, tensors, "extra")
     measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
     facts = {"run_id": run.info.run_id, "metrics": encode(measured, {}), "settings": {}}
-    path = write_checkpoint(run.info.run_dir / "checkpoints", run.progress.step, trained, tensors, state, texts, facts)
-    step = run.progress.step
+    path = write(run.info.run_dir / "checkpoints", run.progress.step, trained, held, own, state, facts)
     directory = run.info.run_dir / "checkpoints"
+    step = run.progress.step
     found = committed(directory)
-    saves = [saved for saved in found if saved.step <= step]  # a later one was found damaged, and counts for nothing
-    kept = {saved.path for saved in [*saves[-KEEP_LAST:]]}
+    saves = list({saved.step: saved for saved in found if saved.step <= step}.values())  # the newest of each step
+    staying = {saved.path for saved in [*saves[-KEEP_LAST:]]}
     (directory / ".last").unlink(missing_ok=True)
     (directory / ".last").symlink_to(saves[-1].path.name)
     (directory / ".last").rename(directory / "last")
     for saved in found:
-        if saved.path not in kept:
+        if saved.path not in staying:
             (saved.path / "manifest.json").unlink()
             shutil.rmtree(saved.path)
     return path
@@ -502,7 +513,7 @@ def save_checkpoint(run: Run) -> Path:
 
 def save_and_tell(run: Run) -> None:
     """Save, and tell the callbacks."""
-    save_checkpoint(run)
+    save(run)
     run.progress.saved_at = run.progress.step
 
 
@@ -510,6 +521,8 @@ def own_steps(run: Run, signals: StopSignals, state: dict[str, Any] | None, load
     """Yield the batches of one's own loop, on the device, and do after each what is due; without a loader, the step's number."""
     train = Steps(loader, run.compute.device)
     if run.progress.stopped_by is not None:
+        if state is not None:
+            set_random_state(state["random"])  # for what the script does next
         return
     run.data = train
     restore_random = open_data(train, state)
@@ -627,10 +640,11 @@ class Loop:
         prefix = f"{name}/" if name is not None and len(self.run.optimizers) > 1 else ""
         run = self.run
         total = parts[0][1] if len(parts) == 1 else sum([samples for _, samples in parts])
+        alone = len(parts) == 1
         for part, samples in parts:
             output = step_function(run.model, part)
             loss = output if isinstance(output, Tensor) else output["loss"]
-            if len(parts) > 1 and samples != total:
+            if not alone and samples != total:
                 loss = loss * (samples / total)
             loss.backward()
             run.watch.append((run.progress.step, "loss", loss.detach().clone()))
@@ -677,13 +691,6 @@ class Loop:
         )
 
 
-def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """Read one safetensors file of a checkpoint; empty where the checkpoint has none of that name."""
-
-    file = checkpoint / f"{name}.safetensors"
-    return load_file(file) if file.exists() else {}
-
-
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Return what `encode` was given."""
     match value:
@@ -707,28 +714,33 @@ DURATIONS = "max_steps", "max_epochs", "max_time"
 
 def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
     """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers, for `open_data`."""
-    tensors, weights, trained = (read_tensors(checkpoint, name) for name in ("state", "model", "training"))
-    state: dict[str, Any] = decode(json.loads((checkpoint / "state.json").read_text()), tensors)
-    extra = decode(
-        json.loads((checkpoint / "extra.json").read_text()), tensors
-    )  # what a model's `get_extra_state` adds
-    run.model.load_state_dict({**(trained or weights), **extra})
+    weights, trained = (
+        next(map(load_file, checkpoint.glob(f"{group}.safetensors")), {}) for group in ("model", "training")
+    )
+    state_2 = json.loads((checkpoint / "state.json").read_text())
+    if state_2["progress"].get("owes_validation"):
+        raise RuntimeError(f"{checkpoint} was saved in a validation, which only Sheer goes on with.")
+    optimizers = decode(state_2.pop("optimizers"), load_file(checkpoint / "optimizer.safetensors"))
+    state = {**decode(state_2, load_file(checkpoint / "state.safetensors")), "optimizers": optimizers}
+    run.model.load_state_dict({**(trained or weights), **state["extra"]})
     run.progress.load_state_dict(state["progress"])
     for name, optimizer in run.optimizers.items():  # after the schedulers, which may touch the groups
-        model = run.model
         saved = state["optimizers"][name]
+        model = run.model
         names = names_of(optimizer, model)
         index_of = {key: index for index, key in enumerate(names)}
         own_groups = optimizer.state_dict()["param_groups"]
-        groups = [{**group, "params": own["params"]} for own, group in zip(own_groups, saved["groups"], strict=True)]
+        groups = [
+            {**group_2, "params": own["params"]} for own, group_2 in zip(own_groups, saved["groups"], strict=True)
+        ]
         values = {index_of[key]: value for key, value in saved["state"].items()}
         optimizer.load_state_dict({"state": values, "param_groups": groups})
-    run.metrics.load_state_dict(state["metrics"])
     os.truncate(run.info.run_dir / "metrics.jsonl", state["loggers"]["JSONL"]["size"])
     if (run.progress.stopped_by or "").startswith("SIG") or run.progress.stopped_by in DURATIONS:
         run.progress.stopped_by = (
             "max_steps" if run.progress.step >= MAX_STEPS else None
         )  # it may be longer now, or that of another run
+    run.metrics.load_state_dict(state["metrics"])
     return {"data": state["data"], "random": state["random"]}
 
 
@@ -739,18 +751,14 @@ def start_loop(model: nn.Module, optimizers: Mapping[str, Any]) -> Loop:
     model.to(compute.device)
     run_dir = Path(RUN_DIR)
     run_dir.mkdir(parents=True, exist_ok=True)
-    directory = run_dir / "checkpoints"
-    checkpoint = newest_good(directory)
-    if checkpoint is None and committed(directory):
-        raise RuntimeError(
-            f"No checkpoint in {directory} can be used; see the warnings. To start anew, give another run_dir."
-        )
+    checkpoint = newest_good(run_dir / "checkpoints")
     manifest = json.loads((checkpoint / "manifest.json").read_text()) if checkpoint is not None else None
     run_id = manifest["run_id"] if manifest is not None else secrets.token_hex(4)
     parameters = {
         optimizer: list(model.parameters()) if len(optimizers) == 1 else held_by(optimizer, model)
         for optimizer in optimizers.values()
     }
+    progress = Progress()
     run = Run(
         model=model,
         optimizers=optimizers,
@@ -765,6 +773,7 @@ def start_loop(model: nn.Module, optimizers: Mapping[str, Any]) -> Loop:
         ),
         scheduled_steps=None,
         data=None,
+        progress=progress,
     )
     return Loop(run, restore(run, checkpoint) if checkpoint is not None else None)
 

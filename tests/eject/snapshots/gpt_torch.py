@@ -3,7 +3,7 @@
 Ctrl-C stops it and saves; the same command again goes on where it was.
 """
 
-# From `gpt.py`, by `sheer eject` 0.1.0 (Apache License 2.0); it is yours, to change as you like.
+# From `gpt.py`, by `sheer eject` 0.1.0 (Apache License 2.0), for one process (set parallel="ddp" or "fsdp" for several ranks); it is yours, to change as you like.
 # Settings: max_steps=600, gradient_clip_val=1.0, log_every_n_steps=20, validate_every_n_steps=100, monitor='val/loss', checkpoint=Checkpoint(every_n_steps=100), run_dir='runs/gpt', resume='auto'.
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Throughput:
             self._counts.clear()
         for part, samples in batch or ():
             self._samples += samples
-            if self.tokens is not None:
+            if self.tokens is not None and samples > 0:  # else it is run for the other ranks' sake
                 self._counts.append(tokens_of(self.tokens, part, samples))
 
     def on_evaluation_start(self, model: nn.Module) -> None:
@@ -162,10 +162,12 @@ class Throughput:
             return None
         passed = now - self._since - self._left_out
         logged = {"steps_per_second": taken / passed}
-        if self._samples:
-            logged["samples_per_second"] = self._samples / passed
-        if self._counts:
-            logged["tokens_per_second"] = float(sum(self._counts)) / passed
+        samples = self._samples
+        if samples:
+            logged["samples_per_second"] = samples / passed
+        tokens = float(sum(self._counts)) if self.tokens is not None else 0.0
+        if tokens:
+            logged["tokens_per_second"] = tokens / passed
         self._since, self._step, self._samples, self._left_out = now, step, 0, 0.0
         self._counts.clear()
         return {f"throughput/{name}": value for name, value in logged.items()}
@@ -250,10 +252,9 @@ class Data:
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
         size = self.loader.batch_size
-        batches = len(self.loader)
-        samples = min(len(self.loader.dataset), batches * size)
+        samples = min(len(self.loader.dataset), len(self.loader) * size)
         source = {"seed": self.seed, "samples": samples, "batch_size": size, "shuffle": True, "generators": []}
-        return {"kind": "GlobalOrderSource", "batches": batches, "source": source, "random": None}
+        return {"kind": "GlobalOrderSource", "batches": len(self.loader), "source": source, "random": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the seed of the run that goes on."""
@@ -277,11 +278,14 @@ def committed(directory: Path) -> list[Saved]:
 
 
 def newest_good(directory: Path) -> Path | None:
-    """Return the newest checkpoint whose files are as they were written."""
-    for saved in reversed(committed(directory)):
+    """Return the newest checkpoint whose files are as they were written; None where there is none at all."""
+    found = committed(directory)
+    for saved in reversed(found):
         hashes = {name: file["sha256"] for name, file in saved.manifest["files"].items()}
         if hashes == {name: hashlib.sha256((saved.path / name).read_bytes()).hexdigest() for name in hashes}:
             return saved.path
+    if found:
+        raise RuntimeError(f"No checkpoint in {directory} is as it was written. To start anew, give another run_dir.")
     return None
 
 
@@ -379,13 +383,6 @@ class Run:
     val_loader: Any
 
 
-def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """Read one safetensors file of a checkpoint; empty where the checkpoint has none of that name."""
-
-    file = checkpoint / f"{name}.safetensors"
-    return load_file(file) if file.exists() else {}
-
-
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Return what `encode` was given."""
     match value:
@@ -416,12 +413,15 @@ DURATIONS = "max_steps", "max_epochs", "max_time"
 
 def restore(run: Run, metrics: Metrics, checkpoint: Path) -> dict[str, Any]:
     """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers, for `open_data`."""
-    tensors, weights, trained = (read_tensors(checkpoint, name) for name in ("state", "model", "training"))
-    state: dict[str, Any] = decode(json.loads((checkpoint / "state.json").read_text()), tensors)
-    extra = decode(
-        json.loads((checkpoint / "extra.json").read_text()), tensors
-    )  # what a model's `get_extra_state` adds
-    run.model.load_state_dict({**(trained or weights), **extra})
+    weights, trained = (
+        next(map(load_file, checkpoint.glob(f"{group}.safetensors")), {}) for group in ("model", "training")
+    )
+    state_2 = json.loads((checkpoint / "state.json").read_text())
+    if state_2["progress"].get("owes_validation"):
+        raise RuntimeError(f"{checkpoint} was saved in a validation, which only Sheer goes on with.")
+    optimizers = decode(state_2.pop("optimizers"), load_file(checkpoint / "optimizer.safetensors"))
+    state = {**decode(state_2, load_file(checkpoint / "state.safetensors")), "optimizers": optimizers}
+    run.model.load_state_dict({**(trained or weights), **state["extra"]})
     run.progress.load_state_dict(state["progress"])
     run.scheduler.load_state_dict(state["schedulers"]["optimizer"])
     for name, optimizer in run.built.items():  # after the schedulers, which may touch the groups
@@ -429,10 +429,11 @@ def restore(run: Run, metrics: Metrics, checkpoint: Path) -> dict[str, Any]:
         names = names_of(optimizer, run.model)
         index_of = {key: index for index, key in enumerate(names)}
         own_groups = optimizer.state_dict()["param_groups"]
-        groups = [{**group, "params": own["params"]} for own, group in zip(own_groups, saved["groups"], strict=True)]
+        groups = [
+            {**group_2, "params": own["params"]} for own, group_2 in zip(own_groups, saved["groups"], strict=True)
+        ]
         values = {index_of[key]: value for key, value in saved["state"].items()}
         optimizer.load_state_dict({"state": values, "param_groups": groups})
-    metrics.load_state_dict(state["metrics"])
     if "Throughput" in state["callbacks"]:
         run.throughput.load_state_dict(state["callbacks"]["Throughput"])
     states = state["loggers"]
@@ -443,7 +444,18 @@ def restore(run: Run, metrics: Metrics, checkpoint: Path) -> dict[str, Any]:
         run.progress.stopped_by = (
             "max_steps" if run.progress.step >= MAX_STEPS else None
         )  # it may be longer now, or that of another run
+    metrics.load_state_dict(state["metrics"])
     return {"data": state["data"], "random": state["random"]}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put all generators of this process back into a state that `random_state` returned."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(keys), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["accelerator"] is not None and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state_all(state["accelerator"])
 
 
 @dataclass(frozen=True)
@@ -473,16 +485,6 @@ def result_of(info: RunInfo, progress: Progress) -> Result:
         stopped_by=progress.stopped_by or "",
         run_dir=info.run_dir,
     )
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put all generators of this process back into a state that `random_state` returned."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.asarray(keys), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["accelerator"] is not None and torch.accelerator.is_available():
-        torch.get_device_module().set_rng_state_all(state["accelerator"])
 
 
 def open_data(train: Data, state: dict[str, Any] | None) -> Callable[[], None] | None:
@@ -596,14 +598,19 @@ def is_among_best(info: RunInfo, progress: Progress) -> bool:
     if progress.validated_at != progress.step:
         return False
     value = progress.metrics[MONITOR]
-    saves = [
-        saved for saved in committed(info.run_dir / "checkpoints") if saved.step < progress.step
-    ]  # later: see `prune`
-    best = ranked(saves)[:1]
+    best = ranked([saved for saved in committed(info.run_dir / "checkpoints") if saved.step < progress.step])[:1]
     if len(best) < 1:
         return value == value
     worst = best[-1].metrics[MONITOR]
     return value < worst
+
+
+def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return the state of each parameter, and the groups, both by name."""
+    names = names_of(optimizer, model)
+    state = optimizer.state_dict()
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
 
 
 def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -626,14 +633,6 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     return value
 
 
-def optimizer_state(o: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return the state of each parameter, and the groups, both by name."""
-    names = names_of(o, model)
-    state = o.state_dict()
-    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
-    return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
-
-
 def random_state() -> dict[str, Any]:
     """Return the states of all generators of this process, now or at a snapshot."""
     accelerator = torch.get_device_module().get_rng_state_all() if torch.accelerator.is_available() else None
@@ -649,74 +648,86 @@ def logger_states(tensor_board: Any, info: RunInfo) -> dict[str, Any]:
     return {"JSONL": {"run": info.run_id, "size": size}, "TensorBoard": tensor_board.state_dict()}
 
 
-def write_checkpoint(
-    directory: Path, step: int, trained: Any, tensors: Any, state: Any, texts: Any, facts: Mapping[str, Any]
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors that share no memory."""
+    save_file({name: value.cpu().clone().contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
+
+
+def plain_write(
+    directory: Path, step: int, trained: Any, held: Any, own: Any, state: Any, facts: Mapping[str, Any]
 ) -> Path:
     """Write a checkpoint; it counts once its manifest, which has the size and hash of every file, is renamed into place."""
-    path = directory / f"step-{step:08d}"
-    shutil.rmtree(path, ignore_errors=True)
+    name = f"step-{step:08d}"
+    numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in directory.glob(f"{name}*")]
+    path = directory / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
     path.mkdir(parents=True)
-    save_file({key: value.cpu().clone().contiguous() for key, value in {**trained}.items()}, path / "model.safetensors")
-    save_file({key: value.cpu().clone().contiguous() for key, value in tensors.items()}, path / "state.safetensors")
+    write_tensors(path / "model.safetensors", {**trained})
+    write_tensors(path / "optimizer.safetensors", held)
+    write_tensors(path / "state.safetensors", own)
     (path / "state.json").write_text(json.dumps(state))
-    (path / "extra.json").write_text(json.dumps(texts))
     files = {}
     for file in sorted(path.iterdir()):
         with file.open("rb+") as stream:
             os.fsync(stream.fileno())
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            files[file.name] = {"size": file.stat().st_size, "sha256": digest}
+            files[file.name] = {
+                "size": file.stat().st_size,
+                "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+            }
+    manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, **facts}
+    manifest |= {"leads": [0], "files": files}
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     with (path / "manifest.tmp").open("w") as out:
-        json.dump({"format": 1, "step": step, "torch": torch.__version__, **facts, "files": files}, out, indent=1)
+        json.dump(manifest, out, indent=1)
         out.flush()
         os.fsync(out.fileno())
     (path / "manifest.tmp").rename(path / "manifest.json")
     return path
 
 
-def save_checkpoint(run: Run, metrics: Metrics) -> Path:
-    """Write a checkpoint of the run as it is at the end of a step, and prune those that it makes superfluous."""
+def save(run: Run, metrics: Metrics) -> Path:
+    """Write a checkpoint of the run as it is at the end of a step, and delete those that it makes superfluous."""
     check(run.watch)
     for weight, parameter in run.model.named_parameters():
         if parameter.requires_grad and (not parameter.isfinite().all()):
             raise FloatingPointError(
                 f"{weight} became NaN or infinite by step {run.progress.step}, which is not saved."
             )
-    tensors: dict[str, Tensor] = {}
+    own = dict[str, Tensor]()
+    held = dict[str, Tensor]()
+    extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
+    optimizers = {name: optimizer_state(optimizer, run.model) for name, optimizer in run.built.items()}
     state = encode(
         {
+            "random": random_state(),
+            "data": run.train.state_dict(),
+            "metrics": metrics.state_dict(),
             "progress": {**run.progress.state_dict(), "seconds": run.progress.seconds + time.monotonic() - run.began},
             "scheduled_steps": MAX_STEPS,
-            "optimizers": {name: optimizer_state(o, run.model) for name, o in run.built.items()},
             "schedulers": {"optimizer": run.scheduler.state_dict()},
             "scheduler_classes": {"optimizer": type(run.scheduler).__name__},
             "scaler": None,
-            "metrics": metrics.state_dict(),
-            "random": random_state(),
-            "data": run.train.state_dict(),
             "callbacks": {"Throughput": run.throughput.state_dict()},
             "loggers": logger_states(run.tensor_board, run.info),
         },
-        tensors,
+        own,
     )
+    state |= {"optimizers": encode(optimizers, held), "extra": encode(extra, own, "extra")}
     trained = {name: value for name, value in run.model.state_dict().items() if isinstance(value, Tensor)}
-    extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
-    texts = encode(extra, tensors, "extra")
     measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
     facts = {"run_id": run.info.run_id, "metrics": encode(measured, {}), "settings": {}}
-    path = write_checkpoint(run.info.run_dir / "checkpoints", run.progress.step, trained, tensors, state, texts, facts)
-    step = run.progress.step
+    path = plain_write(run.info.run_dir / "checkpoints", run.progress.step, trained, held, own, state, facts)
     directory = run.info.run_dir / "checkpoints"
+    step = run.progress.step
     found = committed(directory)
-    saves = [saved for saved in found if saved.step <= step]  # a later one was found damaged, and counts for nothing
+    saves = list({saved.step: saved for saved in found if saved.step <= step}.values())  # the newest of each step
     best = ranked(saves)[:1]
-    kept = {saved.path for saved in [*saves[-KEEP_LAST:], *best]}
+    staying = {saved.path for saved in [*saves[-KEEP_LAST:], *best]}
     for link, target in [("last", saves[-1]), *(("best", saved) for saved in best[:1])]:
         (directory / f".{link}").unlink(missing_ok=True)
         (directory / f".{link}").symlink_to(target.path.name)
         (directory / f".{link}").rename(directory / link)
     for saved in found:
-        if saved.path not in kept:
+        if saved.path not in staying:
             (saved.path / "manifest.json").unlink()
             shutil.rmtree(saved.path)
     return path
@@ -724,7 +735,7 @@ def save_checkpoint(run: Run, metrics: Metrics) -> Path:
 
 def save_and_tell(run: Run, metrics: Metrics) -> None:
     """Save, and tell the callbacks."""
-    path = save_checkpoint(run, metrics)
+    path = save(run, metrics)
     run.throughput.on_save(run.progress.step, path)
 
 
@@ -776,18 +787,14 @@ def fit(
     scheduler = make_scheduler(built["optimizer"], MAX_STEPS)
     run_dir = Path(folder)
     run_dir.mkdir(parents=True, exist_ok=True)
-    directory = run_dir / "checkpoints"
-    checkpoint = newest_good(directory)
-    if checkpoint is None and committed(directory):
-        raise RuntimeError(
-            f"No checkpoint in {directory} can be used; see the warnings. To start anew, give another run_dir."
-        )
+    checkpoint = newest_good(run_dir / "checkpoints")
     manifest = json.loads((checkpoint / "manifest.json").read_text()) if checkpoint is not None else None
     run_id = manifest["run_id"] if manifest is not None else secrets.token_hex(4)
     parameters = {
         optimizer_3: list(model.parameters()) if len(built) == 1 else held_by(optimizer_3, model)
         for optimizer_3 in built.values()
     }
+    progress = Progress()
     info = RunInfo(
         run_id=run_id,
         run_dir=run_dir,
@@ -795,7 +802,6 @@ def fit(
         start_step=manifest["step"] if manifest is not None else 0,
         steps_per_epoch=train.steps_per_epoch,
     )
-    progress = Progress()
     metrics = Metrics()
     watch: list[tuple[int, str, Tensor]] = []
     began = time.monotonic()
@@ -818,6 +824,7 @@ def fit(
     state = restore(run, metrics, checkpoint) if checkpoint is not None else None
     optimizer_2 = built["optimizer"]
     if state is not None and progress.stopped_by is not None:
+        set_random_state(state["random"])  # for what the script does next
         return result_of(info, progress)
     restore_random = open_data(train, state)
 

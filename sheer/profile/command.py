@@ -1,0 +1,41 @@
+"""What `sheer profile` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sheer.profile.advice import advise
+from sheer.profile.report import draw_steps, means_of, report_of_profile
+from sheer.profile.script import watch_script
+from sheer.profile.trace import device_time
+
+
+def profile_script(script: Path, arguments: Sequence[str], changes: Mapping[str, str], warmup: int, timed: int) -> str:
+    """Profile a script, keep its trace and a picture in runs/profile/<script>-<time>, and return what there is to say.
+
+    Args:
+        script: the file.
+        arguments: its own.
+        changes: settings of its trainer, as text by name.
+        warmup: steps that are run first.
+        timed: steps that are timed.
+
+    Raises:
+        CannotProfile: it cannot be profiled; an error of the script goes through.
+    """
+    folder = Path("runs") / "profile" / f"{script.stem}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    folder.mkdir(parents=True)
+    try:
+        seen = watch_script(script, arguments, changes, warmup, timed, folder.resolve() / "trace.json")
+    except BaseException:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    means = means_of(seen.steps)
+    total = sum(means.values())
+    device = None if seen.device.type == "cpu" else device_time(folder / "trace.json", seen.recorded)
+    advice = advise(seen, {phase: taken / total for phase, taken in means.items()}, total, device)
+    draw_steps(seen.steps, folder / "step.png")
+    return report_of_profile(str(script), seen, means, device, advice, folder)

@@ -1,0 +1,1 @@
+"""A step made faster: replayed as one CUDA graph."""

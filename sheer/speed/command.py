@@ -1,0 +1,31 @@
+"""What `sheer autotune` does: runs a script up to its call of `fit`, and tunes that instead of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sheer.scripts import as_main, run_to_fit
+from sheer.speed.autotune import find_way
+from sheer.speed.ways import Way, own_way
+
+
+def autotune_script(script: Path, arguments: Sequence[str], changes: Mapping[str, str]) -> str:
+    """Tune the first call of `fit` in a script, and return what to write into it.
+
+    Raises:
+        SheerError: it cannot be tuned.
+    """
+    with as_main(script, arguments):
+        call = run_to_fit(script, changes, "autotune")
+        return advice(find_way(call), own_way(call.settings))
+
+
+def advice(way: Way, base: Way) -> str:
+    """Say what to write for a way."""
+    names = ("compile", "cuda_graph", "precision", "micro_batch_size")
+    trainer = ", ".join(f"{name}={getattr(way, name)!r}" for name in names if getattr(way, name) != getattr(base, name))
+    lines = [f"sheer.Trainer(..., {trainer})"] if trainer else []
+    lines += ["the optimizer: fused=True"] if way.fused else []
+    lines += [f"the training loader: num_workers={way.num_workers}"] if way.num_workers is not None else []
+    return "write " + "\n      ".join(lines) if lines else "nothing that was tried is faster than the script as it is"

@@ -1,0 +1,363 @@
+"""Handwritten digits, the short way, on ranks that share the parameters."""
+
+# From `digits_fsdp.py`, by `sheer eject` 0.1.0 (Apache License 2.0); it is yours, to change as you like.
+# Run it with: torchrun --nproc-per-node 2 digits_fsdp_torch.py
+# Settings: max_epochs=5, precision='bf16-mixed', parallel='fsdp', gradient_clip_val=1.0, checkpoint=False.
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import atexit
+import itertools
+import json
+import math
+import numpy as np
+import os
+import random
+import time
+import torch.distributed as dist
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from typing import Any, TypeVar
+
+MAX_EPOCHS = 5  # stop after this many passes over the training data
+GRADIENT_CLIP_VAL = 1.0  # clip gradients to this norm, or to this absolute value
+LOG_EVERY_N_STEPS = 50  # steps between two log points; the only points where the host waits for the device
+RUN_DIR = time.strftime("runs/digits_fsdp/%Y-%m-%d_%H-%M-%S")  # the folder of the run
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Return the accelerator that is this rank's own, and make it the current one."""
+    if device.type == "cpu":
+        return device
+    torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+
+
+class StepModule(nn.Module):
+    """A module whose forward is a step: what DDP and `fully_shard` go around, so that the step gets the very model that was passed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, step_function: Callable[..., Any], batch: Any, *number: int) -> Any:
+        """Run a step function on the model."""
+        return step_function(self.model, batch, *number)
+
+
+def shard(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> nn.Module:
+    """Shard a model's parameters over ranks: each unit gathers its own when it runs, what is left belongs to the whole."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), 0)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    stepper = StepModule(model)
+    fully_shard(stepper, mesh=mesh, mp_policy=policy)
+    return stepper
+
+
+CONTAINERS = nn.ModuleList, nn.Sequential, nn.ModuleDict
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the members of the model's lists and sequences of modules, the outermost ones, that come several times."""
+    blocks: list[nn.Module] = []
+    left = [model]
+    while left:
+        module = left.pop(0)
+        members = [child for child in module.children() if next(child.parameters(), None) is not None]
+        classes = [type(child) for child in members]
+        repeated = [child for child in members if isinstance(module, CONTAINERS) and classes.count(type(child)) > 1]
+        blocks += repeated
+        left += [child for child in members if child not in repeated]
+    return blocks
+
+
+@dataclass
+class Run:
+    """What the functions below work on."""
+
+    model: nn.Module
+    step_function: Any
+    val_loader: Any
+    autocast: torch.autocast
+    rank: int
+    world_size: int
+    stepper: nn.Module
+
+
+T = TypeVar("T")
+
+
+def from_rank_zero(value: T) -> T:
+    """Return what rank 0 has for a value. All ranks must call it."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def mix_seed(*numbers: int) -> int:
+    """Make one seed of 63 bits from several whole numbers, so that neighbours have nothing in common."""
+    state = 0
+    for number in numbers:
+        state = state + number + 11400714819323198485 & 18446744073709551615
+        state = (state ^ state >> 30) * 13787848793156543929 & 18446744073709551615
+        state = (state ^ state >> 27) * 10723151780598845931 & 18446744073709551615
+        state ^= state >> 31
+    return state >> 1
+
+
+def differ_in_random_numbers(rank: int) -> None:
+    """Give ranks that compute on other samples, or other layers, random numbers of their own; tensor ranks draw the same."""
+    seed = from_rank_zero(torch.initial_seed())
+    if rank > 0:
+        seed_2 = mix_seed(seed, rank)
+        random.seed(seed_2)
+        np.random.seed(seed_2 & 4294967295)
+        torch.manual_seed(seed_2)
+
+
+def folder(run_dir: Path) -> Path:
+    """Make the folder of a run; one that is there is refused, unless the run goes on."""
+    run_dir.mkdir(parents=True, exist_ok=False)
+    return run_dir
+
+
+class Metrics:
+    """Weighted means of what steps return. Adding does not wait for the device; reading does."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[tuple[Any, int]]] = {}
+
+    def add(self, output: Any, samples: int) -> None:
+        """Add what a step returned for a batch of `samples`."""
+        for name, value in output.items():
+            kept = value.detach().clone() if isinstance(value, Tensor) else value
+            self.rows.setdefault(name, []).append((kept, samples))
+
+
+def share(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """How many of `size` samples stand before this rank's part, and how many are in it; the first ranks get one more."""
+    each, more = divmod(size, world_size)
+    return rank * each + min(rank, more), each + (rank < more)
+
+
+def shared_epochs(
+    train_loader: Any, device: torch.device, rank: int, world_size: int
+) -> Iterator[tuple[Any, int, int, bool]]:
+    """Yield this rank's part of each batch, its samples, those of the whole batch, and whether that ends its epoch."""
+    seed = from_rank_zero(torch.initial_seed())
+    train_loader.sampler.generator = order = torch.Generator()
+    try:
+        for epoch in itertools.count():
+            order.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+            batches = list(train_loader.batch_sampler)
+            shares = [share(len(batch), rank, world_size) for batch in batches]
+            own = [
+                batch[start : start + size] or batch[:1] for batch, (start, size) in zip(batches, shares, strict=True)
+            ]
+            shared = DataLoader(
+                train_loader.dataset,
+                batch_sampler=own,
+                collate_fn=train_loader.collate_fn,
+                pin_memory=train_loader.pin_memory,
+            )
+            for number, part in enumerate(shared):
+                yield (
+                    [tensor.to(device, non_blocking=True) for tensor in part],
+                    shares[number][1],
+                    len(batches[number]),
+                    number + 1 == len(batches),
+                )
+    finally:
+        train_loader.sampler.generator = None
+
+
+def gathered(value: T) -> list[T]:
+    """Return what each rank has for a value, in the order of the ranks. All ranks must call it."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_on_ranks(watch: list[tuple[int, str, Tensor]]) -> None:
+    """Raise an error that names the first value since the last check that was NaN or infinite, on any rank."""
+    own = [(at, what) for at, what, scalar in watch if not scalar.isfinite()]
+    bad = [each for found in gathered(own) for each in found]
+    watch.clear()
+    if bad:
+        raise FloatingPointError(f"The {min(bad)[1]} became NaN or infinite at step {min(bad)[0]}.")
+
+
+def rank_zero_report(rank: int, directory: Path, step: int, epoch: int, metrics: dict[str, float]) -> None:
+    """Hand metrics to the loggers and the console, on rank 0."""
+    if rank == 0:
+        with (directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), "epoch": epoch, **metrics}) + "\n")
+        print(
+            f"step {step:,} · "
+            + " · ".join(f"{name} {value:.4g}" for name, value in {"epoch": epoch, **metrics}.items()),
+            flush=True,
+        )
+
+
+def read_on_ranks(metrics: Metrics) -> dict[str, float]:
+    """Return the means over all ranks, and start anew."""
+    rows, metrics.rows = metrics.rows, {}
+    sums: dict[str, tuple[float, float]] = {}
+    for part in gathered(
+        {
+            name: (sum(float(value) * samples for value, samples in values), sum(samples for _, samples in values))
+            for name, values in rows.items()
+        }
+    ):
+        for name, (total, weight) in part.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = before[0] + total, before[1] + weight
+    return {name: total / (weight or math.nan) for name, (total, weight) in sums.items()}
+
+
+def dealt(val_loader: Any, rank: int, world_size: int) -> Iterator[tuple[Any, int]]:
+    """Yield this rank's batches of a loader, which are dealt out in turn, each with its samples."""
+    batches = list(val_loader.batch_sampler)
+    own = batches[rank::world_size]
+    dealt_out = DataLoader(
+        val_loader.dataset,
+        batch_sampler=own or batches[:1],
+        num_workers=val_loader.num_workers,
+        collate_fn=val_loader.collate_fn,
+        pin_memory=val_loader.pin_memory,
+    )
+    for number, part in enumerate(dealt_out):
+        yield part, len(own[number]) if own else 0
+    for _ in range(-(-len(batches) // world_size) - max(1, len(own))):
+        yield part, 0
+
+
+def evaluate(run: Run, device: torch.device) -> dict[str, float]:
+    """Return the weighted means of what the step returns, over all batches."""
+    training = [module_2 for module_2 in run.model.modules() if module_2.training]
+    run.model.eval()
+    metrics = Metrics()
+    for batch, samples in dealt(run.val_loader, run.rank, run.world_size):
+        batch = [tensor.to(device, non_blocking=True) for tensor in batch]
+        with torch.no_grad(), run.autocast:
+            output = run.stepper(run.step_function, batch)
+        if samples > 0:
+            metrics.add(output, samples)
+    means = {"val/" + name: value for name, value in read_on_ranks(metrics).items()}
+
+    for module in run.stepper.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for module_2 in training:
+        module_2.training = True
+    return means
+
+
+def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any, optimizer: Optimizer) -> None:
+    """Train the model."""
+    dist.init_process_group(timeout=timedelta(seconds=600.0))
+    atexit.register(dist.destroy_process_group)
+    device = own_device(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16)
+    rank = dist.get_rank()
+    world_size = dist.get_world_size()
+    sizes = (dist.get_world_size(),)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_shard",))
+    named_before = {id(parameter): name for name, parameter in model.named_parameters()}
+    stepper = shard(
+        model,
+        repeated_blocks(model),
+        mesh,
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False),
+    )
+    run = Run(
+        model=model,
+        step_function=step_function,
+        val_loader=val_loader,
+        autocast=autocast,
+        rank=rank,
+        world_size=world_size,
+        stepper=stepper,
+    )
+    now = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [now[named_before[id(parameter_3)]] for parameter_3 in group["params"]]
+    differ_in_random_numbers(rank)
+    directory = from_rank_zero(Path() if rank > 0 else folder(Path(RUN_DIR)))
+    parameters = list(model.parameters())
+    step = epoch = 0
+    metrics = Metrics()
+    watch: list[tuple[int, str, Tensor]] = []
+
+    for batch, samples, all_samples, at_end in shared_epochs(train_loader, device, rank, world_size):
+        step += 1
+        total = all_samples / world_size
+        with autocast:
+            output = stepper(step_function, batch)
+            if samples == 0:  # it was run for the other ranks' sake
+                output = {"loss": output["loss"] * 0}
+        loss = output["loss"]
+        if samples != total:
+            loss = loss * (samples / total)
+        loss.backward()
+        watch.append((step, "loss", loss.detach().clone()))
+        metrics.add(output, samples)
+
+        norm = get_total_norm(
+            [parameter_2.grad for parameter_2 in parameters if parameter_2.grad is not None]
+        ).full_tensor()
+        clip_grads_with_norm_(parameters, GRADIENT_CLIP_VAL, norm)
+        watch.append((step, "gradient norm", norm.detach().clone()))
+
+        optimizer.step()
+        optimizer.zero_grad()
+        if at_end:
+            epoch += 1
+        stop = epoch >= MAX_EPOCHS
+
+        if stop or step % LOG_EVERY_N_STEPS == 0:
+            check_on_ranks(watch)
+            rank_zero_report(
+                rank,
+                directory,
+                step,
+                epoch,
+                {f"train/{name_2}": value for name_2, value in read_on_ranks(metrics).items()},
+            )
+        if stop or at_end:
+            rank_zero_report(rank, directory, step, epoch, evaluate(run, device))
+        if stop:
+            break
+
+
+random.seed(0)
+np.random.seed(0)
+torch.manual_seed(0)
+digits = load_digits()
+x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+train_loader = DataLoader(TensorDataset(x[:1500], y[:1500]), batch_size=64, shuffle=True)
+val_loader = DataLoader(TensorDataset(x[1500:], y[1500:]), batch_size=256)
+model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+
+def step(model, batch):
+    x, y = batch
+    logits = model(x)
+    return {"loss": F.cross_entropy(logits, y), "accuracy": (logits.argmax(-1) == y).float().mean()}
+
+
+fit(model, step, train_loader, val_loader, optimizer)
