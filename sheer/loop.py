@@ -19,6 +19,7 @@ from sheer.distributed.mesh import form_ranks
 from sheer.distributed.steps import evaluator_of
 from sheer.distributed.wrap import Parallelize
 from sheer.due import asked_for, duration_over, save_is_due, validation_is_due
+from sheer.errors import BadStepsError
 from sheer.evaluation import Evaluation, evaluate
 from sheer.garbage import collect_if_due
 from sheer.leaving import before_validation
@@ -28,8 +29,9 @@ from sheer.metrics import Media, contents, put_back
 from sheer.plugins import Plugins
 from sheer.random import set_random_state
 from sheer.resume import open_data
+from sheer.rollback import go_back, note_step
 from sheer.run import Run
-from sheer.saving import prepare_memory, save_checkpoint
+from sheer.saving import look_back, prepare_memory, save_checkpoint
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings
 from sheer.signals import StopSignals, is_signal
@@ -75,6 +77,8 @@ def fit(
     with Session(run), StopSignals() as signals:
         begin(cfg, run, validation)
         let_validations_be_left(cfg, run, validation, signals)
+        if cfg.nonfinite not in ("raise", "skip", "ignore"):
+            save_start(cfg, run, restore_random)
         for batch in train.steps(progress, restore_random):
             begin_step(run, batch)
             if cfg.cuda_graph:
@@ -86,7 +90,10 @@ def fit(
                 except torch.OutOfMemoryError as error:
                     train_again(cfg, run, train_on, step_function, numbered, batch, error)
                 apply(cfg, run, optimizer, scheduler)
-            if end_step(cfg, run, batch, train.at_end, validation, signals):
+            if cfg.nonfinite not in ("raise", "skip", "ignore"):
+                if end_or_go_back(cfg, run, batch, train.at_end, validation, signals):
+                    break
+            elif end_step(cfg, run, batch, train.at_end, validation, signals):
                 break
         finish(cfg, run, validation)
     leave_if_told(run, signals)
@@ -99,7 +106,10 @@ def begin(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
         callback.on_fit_start(run.model, run.optimizers, run.info)
     if validation is not None:
         try_validation(cfg, run, validation)
-    if cfg.validate_first and validation is not None and run.progress.step == 0:
+    is_new = (
+        cfg.nonfinite in ("raise", "skip", "ignore") or run.progress.validated_at < 0
+    )  # else step 0 was saved behind it
+    if cfg.validate_first and validation is not None and run.progress.step == 0 and is_new:
         validate(cfg, run, validation)
     if run.progress.batch == 0 and not run.progress.owes_validation:
         begin_epoch(run)
@@ -206,6 +216,37 @@ def end_step(
     return False
 
 
+def save_start(cfg: Settings, run: Run, restore_random: Callable[[], None] | None) -> None:
+    """Save the run as it begins, if it has no checkpoint yet: it may have to go back before the first that is due."""
+    if agreed(run.ranks, bool(run.saver.saves)):
+        return
+    if restore_random is not None:
+        restore_random()
+    run.console.say(f"rollback: step {run.progress.step:,} is saved, to have a checkpoint to go back to")
+    save_and_tell(cfg, run, wait=True)
+
+
+def end_or_go_back(
+    cfg: Settings, run: Run, batch: StepBatch, epoch_ended: bool, validation: Evaluation | None, signals: StopSignals
+) -> bool:
+    """End a step as `end_step` does; where a step is found to be bad, go back to a checkpoint from before it. Returns whether this step was the last."""
+    found: BadStepsError | None = None
+    note_step(run, batch, epoch_ended)
+    try:
+        is_over = end_step(cfg, run, batch, epoch_ended, validation, signals)
+        if is_over:
+            look_back(run)
+        return is_over
+    except BadStepsError as error:
+        found = error
+    tell_of_save(run)  # of the checkpoint that is being written, which is good
+    go_back(cfg, run, found)
+    save_and_tell(cfg, run, wait=True)  # so that a run that is killed knows what to leave out
+    if run.progress.batch == 0:
+        begin_epoch(run)
+    return False
+
+
 def count_batches(run: Run, batch: StepBatch | None, epoch_ended: bool) -> None:
     """Count what a step was trained on."""
     progress = run.progress
@@ -236,10 +277,14 @@ def log_training(cfg: Settings, run: Run) -> None:
         settle_graphs(run)
     if cfg.nonfinite == "raise":
         run.watch.check(run.ranks)
+    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+        look_back(run, weights=False)
     agree_on_parts(run)
     logged = {f"train/{name}": value for name, value in run.metrics.read(run.ranks).items()}
     for callback in run.events.log:
         logged.update(callback.on_log(run.progress.step, logged) or {})
+    if cfg.nonfinite not in ("raise", "skip", "ignore") and run.progress.rollbacks > 0:
+        logged["rollbacks"] = float(run.progress.rollbacks)
     if run.progress.validated_at < 0:
         run.progress.metrics = logged
     report(run, logged)
@@ -251,6 +296,8 @@ def log_training(cfg: Settings, run: Run) -> None:
 
 def validate(cfg: Settings, run: Run, validation: Evaluation) -> str | None:
     """Validate, report it, and tell the schedulers and callbacks that follow it. Returns why the run is to stop, or None."""
+    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+        look_back(run)
     remember(run)
     set_aside = run.metrics.set_aside()
     media: dict[str, Media] = {}

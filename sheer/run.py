@@ -28,6 +28,7 @@ from sheer.nonfinite import Watch
 from sheer.progress import Progress
 from sheer.random import Before
 from sheer.signals import StopSignals
+from sheer.trail import Trail
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     metrics: Metrics = field(default_factory=Metrics)
     watch: Watch = field(default_factory=Watch)
+    trail: Trail | None = None  # of the last steps, in a run that may go back to a checkpoint
     compilations: Compilations = field(default_factory=Compilations)
     told: StopSignals | None = None  # by what a validation may be left in its middle
     leave: Callable[[], None] | None = None  # saves the run as it was before a validation that was left
