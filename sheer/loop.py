@@ -109,7 +109,7 @@ def begin(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
     is_new = (
         cfg.nonfinite in ("raise", "skip", "ignore") or run.progress.validated_at < 0
     )  # else step 0 was saved behind it
-    if cfg.validate_first and validation is not None and run.progress.step == 0 and is_new:
+    if cfg.validate_first and validation is not None and run.progress.step == 0 and first_time:
         validate(cfg, run, validation)
     if run.progress.batch == 0 and not run.progress.owes_validation:
         begin_epoch(run)

@@ -21,14 +21,14 @@ from sheer.random import set_random_state
 from sheer.resume import forget_copies, found_wrong, open_data, restore
 from sheer.run import Run
 from sheer.settings import Rollback, Settings
-from sheer.trail import Place
+from sheer.trail import Trained
 
 
 def note_step(run: Run, batch: StepBatch, ends_epoch: bool) -> None:
     """Note which batches the step that ends was trained on, before they are counted, and its loss. Nothing is read."""
     assert run.trail is not None
     progress = run.progress
-    place = Place(progress.epoch, progress.batch, progress.batch + len(batch) - 1, ends_epoch)
+    place = Trained(progress.epoch, progress.batch, progress.batch + len(batch) - 1, ends_epoch)
     run.trail.add(progress.step, place, run.metrics.added_in_step("loss"))
 
 
@@ -68,7 +68,7 @@ def go_back(cfg: Settings, run: Run, bad: BadStepsError) -> None:
             callback.on_fit_start(run.model, run.optimizers, info)
     run.loggers.start(info)
     run.console.say(
-        f"rollback {times} of {most}: {bad.short}; back to step {run.progress.step:,}, and on without {describe_places(places)}"
+        f"rollback {times} of {most}: {bad.short}; back to step {run.progress.step:,}, and on without {describe_batches(places)}"
     )
 
 
@@ -78,7 +78,7 @@ def as_resumed(cfg: Settings, run: Run) -> Settings:
 
 
 def checkpoint_before(
-    run: Run, bad: BadStepsError, places: Sequence[Place], left_out: Sequence[Sequence[int]]
+    run: Run, bad: BadStepsError, places: Sequence[Trained], left_out: Sequence[Sequence[int]]
 ) -> tuple[Path, Mapping[str, Any]]:
     """Return the newest checkpoint of the run from before the bad steps that verifies on all ranks, and its manifest.
 
@@ -102,7 +102,7 @@ def checkpoint_before(
     )
 
 
-def can_go_on_from(saved: Mapping[str, Any], places: Sequence[Place], left_out: Sequence[Sequence[int]]) -> bool:
+def can_go_on_from(saved: Mapping[str, Any], places: Sequence[Trained], left_out: Sequence[Sequence[int]]) -> bool:
     """Whether from where `saved` was each epoch that the bad steps ended still has a step, to be its last: then that one ends it.
 
     One that was saved in the middle of a validation is passed over: the callbacks have begun it.
@@ -116,7 +116,7 @@ def can_go_on_from(saved: Mapping[str, Any], places: Sequence[Place], left_out: 
     return True
 
 
-def with_places(left_out: Sequence[Sequence[int]], places: Sequence[Place]) -> list[list[int]]:
+def with_places(left_out: Sequence[Sequence[int]], places: Sequence[Trained]) -> list[list[int]]:
     """Return ranges of batches, [epoch, first, last], with those of some steps added; what touches is put together."""
     ranges: list[list[int]] = []
     for epoch, first, last in sorted([*map(list, left_out), *([p.epoch, p.first, p.last] for p in places)]):
@@ -127,7 +127,7 @@ def with_places(left_out: Sequence[Sequence[int]], places: Sequence[Place]) -> l
     return ranges
 
 
-def describe_places(places: Sequence[Place]) -> str:
+def describe_batches(places: Sequence[Trained]) -> str:
     """Say which batches steps were trained on: `batches 30 to 31 of epoch 2 (both from 0)`."""
     said = [
         f"batch {first} of epoch {epoch}" if first == last else f"batches {first} to {last} of epoch {epoch}"

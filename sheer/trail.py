@@ -23,7 +23,7 @@ Added = tuple[list[Number], list[Number], bool]  # totals, counts, and whether t
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Trained:
     """Which batches of the loader a step was trained on."""
 
     epoch: int
@@ -41,11 +41,11 @@ class Trail:
 
     def __init__(self, spike: float | None) -> None:
         self.spike = spike
-        self.places: dict[int, Place] = {}  # of each step
+        self.places: dict[int, Trained] = {}  # of each step
         self._losses: list[tuple[int, Added]] = []
         self._is_checked = False
 
-    def add(self, step: int, place: Place, loss: Added) -> None:
+    def add(self, step: int, place: Trained, loss: Added) -> None:
         """Note a step, and what `Metrics.added_in_step` says of its loss."""
         if self._is_checked:
             self.places.clear()
