@@ -106,10 +106,9 @@ def begin(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
         callback.on_fit_start(run.model, run.optimizers, run.info)
     if validation is not None:
         try_validation(cfg, run, validation)
-    is_new = (
-        cfg.nonfinite in ("raise", "skip", "ignore") or run.progress.validated_at < 0
-    )  # else step 0 was saved behind it
-    if cfg.validate_first and validation is not None and run.progress.step == 0 and first_time:
+    # Of a run that may go back, step 0 is saved behind that validation.
+    not_validated = cfg.nonfinite in ("raise", "skip", "ignore") or run.progress.validated_at < 0
+    if cfg.validate_first and validation is not None and run.progress.step == 0 and not_validated:
         validate(cfg, run, validation)
     if run.progress.batch == 0 and not run.progress.owes_validation:
         begin_epoch(run)

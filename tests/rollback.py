@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
 import sheer
 from sheer.checkpoint.optimizer import optimizer_state
-from tests.task import loader, model, plain_loader
+from sheer.data import GlobalSampler
+from tests.task import dataset, loader, model, plain_loader
 
 EPOCHS, BATCHES = 3, 7
 Where = Iterable[tuple[int, int]]  # batches: (epoch, number in it), from 0
@@ -130,9 +132,11 @@ def plain(
     every: int = 2,
     gamma: float = 0.9,
     clip: float | None = None,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train by hand on all batches but these (with `accumulate`, steps by their first batch); return what `run` does."""
-    net, (batches, sampler) = model(), plain_loader()
+    net, sampler = model(), GlobalSampler(dataset())
+    batches = DataLoader(dataset(), 16, sampler=sampler, **(options or {}))
     sheer.seed_everything(0)
     optimizer = AdamW(net.parameters(), lr=1e-2)
     scheduler = StepLR(optimizer, 3, gamma=gamma)
