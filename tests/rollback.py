@@ -23,6 +23,7 @@ from sheer.data import GlobalSampler
 from tests.task import dataset, loader, model, plain_loader
 
 EPOCHS, BATCHES = 3, 7
+OFTEN = sheer.Rollback(max_times=9)
 Where = Iterable[tuple[int, int]]  # batches: (epoch, number in it), from 0
 
 
@@ -59,7 +60,7 @@ def run(
     folder: str,
     step: Any,
     *,
-    rollback: sheer.Rollback | str = sheer.Rollback(max_times=9),
+    rollback: sheer.Rollback | str = OFTEN,
     callbacks: Callable[[], list[Any]] = list,
     scheduler: Callable[[Any], Any] | None = lambda optimizer: StepLR(optimizer, 3, gamma=0.9),
     data: Callable[[], Any] = loader,
