@@ -190,3 +190,30 @@ def test_tensorboard_shows_each_step_once() -> None:
     events = EventAccumulator("run/tensorboard").Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
     assert [line["step"] for line in lines_of("run")] == list(range(1, 21))
+
+
+class Pictures:
+    """A logger that keeps the texts it is given."""
+
+    def __init__(self) -> None:
+        self.texts: dict[int, str] = {}
+
+    def start(self, info: sheer.RunInfo) -> None: ...
+
+    def log(self, step: int, metrics: Any) -> None: ...
+
+    def log_media(self, step: int, media: Any) -> None:
+        self.texts |= {step: media["train/text"].text}
+
+    def close(self) -> None: ...
+
+
+def test_what_a_bad_step_wanted_to_show_is_dropped() -> None:
+    inner, logger = Step(BAD), Pictures()
+
+    def step(net: nn.Module, batch: Any, step: int) -> dict[str, Any]:
+        out: dict[str, Any] = inner(net, batch, step)
+        return {**out, **({"text": sheer.Text("bad")} if out["loss"].isnan() else {})}
+
+    run("run", step, loggers=[logger])
+    assert inner.seen and logger.texts == {}
