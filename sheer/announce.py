@@ -50,9 +50,11 @@ def announce(cfg: Settings, run: Run, checkpoint: Path | None) -> None:
 def describe_rollback(cfg: Settings) -> str:
     """Say what makes the run go back, and how often."""
     assert isinstance(cfg.nonfinite, Rollback)
-    spike = f" or a loss above {cfg.nonfinite.spike:g} times the median" if cfg.nonfinite.spike is not None else ""
+    bad = "a NaN or an infinity"
+    if cfg.nonfinite.spike is not None:
+        bad = f"a NaN, an infinity or a loss above {cfg.nonfinite.spike:g} times the median"
     times = f"{cfg.nonfinite.max_times} time{'s' if cfg.nonfinite.max_times > 1 else ''}"
-    return f"rollback: a NaN or infinity{spike} leads back to the last good checkpoint, at most {times}"
+    return f"rollback: {bad} leads back to the last good checkpoint, at most {times}"
 
 
 def counts_of(run: Run) -> tuple[int, int]:

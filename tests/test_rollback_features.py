@@ -34,11 +34,11 @@ class Feature:
 
 
 class Squares(nn.Module):
-    """A metric object, as torchmetrics has them, whose state is saved with the model."""
+    """A metric object, as torchmetrics has them."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_saved: bool) -> None:
         super().__init__()
-        self.register_buffer("total", torch.zeros(()))
+        self.register_buffer("total", torch.zeros(()), persistent=is_saved)
 
     def update(self, values: Tensor) -> None:
         self.total += values.square().sum()
@@ -51,9 +51,9 @@ class Squares(nn.Module):
 
 
 class Measured(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, is_saved: bool = True) -> None:
         super().__init__()
-        self.net, self.squares = model(), Squares()
+        self.net, self.squares = model(), Squares(is_saved)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(x)
@@ -115,6 +115,9 @@ FEATURES = {
     "micro-batches": Feature({"micro_batch_size": 6, "gradient_clip_val": 0.5}),
     "metric objects and a callback of one's own": Feature(
         {"log_every_n_steps": 5}, callbacks=lambda: [Moved()], make=Measured
+    ),
+    "metric objects that are not saved, and begin anew at log points": Feature(
+        {"checkpoint": sheer.Checkpoint(every_n_steps=4)}, make=lambda: Measured(is_saved=False)
     ),
     "an epoch that is cut short": Feature({"limit_train_batches": 4, "max_epochs": 4}),
     "deterministic algorithms and values that are clipped": Feature(

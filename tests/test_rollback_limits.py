@@ -99,7 +99,7 @@ def test_what_is_said_and_logged(capsys: pytest.CaptureFixture[str]) -> None:
     run("run", Step([(1, 3)]), rollback=sheer.Rollback(spike=20.0))
     said = capsys.readouterr().out.splitlines()
     assert (
-        "rollback: a NaN or infinity or a loss above 20 times the median leads back to the last good checkpoint, at most 3 times"
+        "rollback: a NaN, an infinity or a loss above 20 times the median leads back to the last good checkpoint, at most 3 times"
         in said
     )
     assert "rollback: step 0 is saved, to have a checkpoint to go back to" in said
