@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import sheer
+from sheer.speed.trials import settings_of_trial
 from tests.faults.runs import same
 from tests.rollback import OFTEN, Step, lines_of, plain, progress_of, run
 from tests.task import dataset, loader, loss_step, model
@@ -86,8 +88,9 @@ def test_a_loop_of_ones_own_is_refused() -> None:
         trainer.start(net, optimizers={"sgd": torch.optim.SGD(net.parameters(), lr=0.1)})
 
 
-def test_a_trial_run_and_settings_from_the_command_line() -> None:
+def test_trials_keep_nothing_and_do_not_go_back_and_the_command_line_sets_parts() -> None:
     assert sheer.Trainer(fast_dev_run=True, nonfinite=sheer.Rollback()).settings.nonfinite == "raise"
+    assert settings_of_trial(sheer.Settings(nonfinite=sheer.Rollback()), "folder").nonfinite == "raise"
     changed = sheer.settings.overridden(
         sheer.Settings(nonfinite=sheer.Rollback()), {"nonfinite.spike": "4", "nonfinite.max_times": "5"}
     )
@@ -177,6 +180,28 @@ def test_a_signal_in_the_bad_step_saves_a_good_state(monkeypatch: pytest.MonkeyP
     same(left, plain(BAD))
 
 
+def test_a_checkpoint_from_the_middle_of_a_validation_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    batches: list[int] = []
+
+    def told(net: nn.Module, batch: Any) -> Any:
+        batches.append(len(batch[0]))
+        if len(batches) == 6:  # of the trial there is one, of each validation four
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss_step(net, batch)
+
+    how: dict[str, Any] = {
+        "val": loader(32, shuffle=False),
+        "validate_every_n_steps": 3,
+        "checkpoint": sheer.Checkpoint(),
+    }
+    with pytest.raises(SystemExit):
+        run("run", Step(BAD), fit={"eval_step": told}, **how)
+    assert progress_of("run")["owes_validation"]
+    left = run("run", Step(BAD), fit={"eval_step": loss_step}, **how)
+    same(left, run("whole", Step(BAD), fit={"eval_step": loss_step}, **how))
+    assert capsys.readouterr().out.count("back to step 0,") == 2
+
+
 def test_tensorboard_shows_each_step_once() -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -197,18 +222,21 @@ class Pictures:
 
     def __init__(self) -> None:
         self.texts: dict[int, str] = {}
+        self.calls: list[str] = []
 
-    def start(self, info: sheer.RunInfo) -> None: ...
+    def start(self, info: sheer.RunInfo) -> None:
+        self.calls.append(f"start at {info.start_step}")
 
     def log(self, step: int, metrics: Any) -> None: ...
 
     def log_media(self, step: int, media: Any) -> None:
         self.texts |= {step: media["train/text"].text}
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.calls.append("close" if sys.exception() is None else "close by an error")
 
 
-def test_what_a_bad_step_wanted_to_show_is_dropped() -> None:
+def test_what_a_bad_step_wanted_to_show_is_dropped_and_loggers_begin_again() -> None:
     inner, logger = Step(BAD), Pictures()
 
     def step(net: nn.Module, batch: Any, step: int) -> dict[str, Any]:
@@ -217,3 +245,4 @@ def test_what_a_bad_step_wanted_to_show_is_dropped() -> None:
 
     run("run", step, loggers=[logger])
     assert inner.seen and logger.texts == {}
+    assert logger.calls == ["start at 0", "close", "start at 8", "close"]

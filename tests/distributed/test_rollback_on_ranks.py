@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import sheer.start
 from sheer.progress import Progress
 from tests.distributed.features import WAYS
 from tests.distributed.task import assert_same, data, train
+from tests.distributed.test_resume_on_other_ranks import Stopped, stop_in_step_11
 from tests.faults.runs import same
 from tests.ranks import run_on_ranks
 
@@ -34,7 +37,7 @@ def spiking(model: nn.Module, batch: Any) -> dict[str, Any]:
     return poisoned(model, batch, 1e4)
 
 
-def trained(parallel: Any, folder: str, spikes: bool, nonfinite: Any) -> dict[str, Any]:
+def trained(parallel: Any, folder: str, spikes: bool, nonfinite: Any, more: Sequence[Any] = ()) -> dict[str, Any]:
     return train(
         parallel,
         run_step=spiking if spikes else poisoned,
@@ -43,7 +46,8 @@ def trained(parallel: Any, folder: str, spikes: bool, nonfinite: Any) -> dict[st
         nonfinite=nonfinite,
         checkpoint=sheer.Checkpoint(every_n_steps=5),
         log_every_n_steps=4,
-        callbacks=[sheer.EMA(0.9)],
+        callbacks=[sheer.EMA(0.9), *more],
+        resume="auto",
         scheduler=lambda optimizer, steps: torch.optim.lr_scheduler.StepLR(optimizer, 6, 0.5),
     )
 
@@ -52,6 +56,14 @@ def progress_in(folder: str) -> dict[str, Any]:
     """Return the counters in the newest checkpoint."""
     file = min(Path(folder, "checkpoints", "last").glob("state*.json"))  # that of rank 0
     return dict(json.loads(file.read_text())["progress"])
+
+
+def goes_on(parallel: Any, spikes: bool) -> dict[str, Any]:
+    """Train until an error ends all ranks, between a time that they go back and the next; then to the end."""
+    rollback = sheer.Rollback(max_times=9, spike=20.0 if spikes else None)
+    with contextlib.suppress(Stopped):
+        trained(parallel, "many/parts", spikes, rollback, [sheer.On(step_start=stop_in_step_11)])
+    return trained(parallel, "many/parts", spikes, rollback)
 
 
 def both(parallel: Any, spikes: bool, name: str = "many") -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -68,12 +80,19 @@ def both(parallel: Any, spikes: bool, name: str = "many") -> tuple[dict[str, Any
     return left, clean, progress
 
 
+def all_of_them(parallel: Any, spikes: bool) -> tuple[Any, ...]:
+    return *both(parallel, spikes), goes_on(parallel, spikes)
+
+
 @pytest.mark.parametrize(("way", "spikes"), [("DDP", False), ("FSDP2", True)])
 def test_ranks_go_back_together(way: str, spikes: bool) -> None:
     ranks, parallel = WAYS[way]
     alone, _, of_one = both("auto", spikes, "one")
-    for left, clean, progress in run_on_ranks(ranks, both, parallel, spikes):
+    for left, clean, progress, parts in run_on_ranks(ranks, all_of_them, parallel, spikes):
         same(left, clean)
+        for line in parts["lines"]:
+            line.pop("rollbacks", None)
+        same(parts, left)
         assert_same(alone, left, logged=1e-9, weights=1e-9)
         assert progress["left_out"] == of_one["left_out"]
         assert progress["rollbacks"] == len(progress["left_out"]) == (2 if spikes else 3)
