@@ -67,7 +67,6 @@ class Session:
                 for callback in self.run.events.exception:
                     callback.on_exception(error)
         finally:  # a callback may fail, too
-            let_collections_go()
             self._close(error)
         if (
             error is not None
@@ -80,6 +79,7 @@ class Session:
         return False
 
     def _close(self, error: BaseException | None) -> None:
+        let_collections_go()
         self._end_saving(error)
         if self.run.agreement is not None:
             self.run.agreement.close()
