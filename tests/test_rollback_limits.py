@@ -122,14 +122,18 @@ def test_a_run_that_begins_from_a_checkpoint_of_another_can_go_back_to_where_it_
     assert Path("second", "checkpoints", "step-00000007-2").is_dir() and progress_of("second")["rollbacks"] == 1
 
 
-def test_a_damaged_checkpoint_is_passed_over() -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_deleted() -> None:
+    there: list[list[str]] = []
+
     def damage(step: int, path: Path) -> None:
-        if step == 8:
+        there.append(sorted(saved.name for saved in path.parent.glob("step-*")))
+        if step == 8 and not (path.parent / "step-00000004-2").exists():
             (path / "model.safetensors").write_bytes(b"")
 
     with pytest.warns(sheer.SheerWarning, match="step-00000008.* Going back to the checkpoint before it"):
         left = run("run", Step(BAD), callbacks=lambda: [sheer.On(save=damage)], log_every_n_steps=11)
     same(left, plain(BAD, every=11))
+    assert there[3:5] == [["step-00000004-2"], ["step-00000004-2", "step-00000008"]]
 
 
 def test_where_the_last_step_of_an_epoch_was_bad_and_nothing_is_left_before_it() -> None:
