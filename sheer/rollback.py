@@ -29,7 +29,7 @@ def note_step(run: Run, batch: StepBatch, ends_epoch: bool) -> None:
     assert run.trail is not None
     progress = run.progress
     place = Trained(progress.epoch, progress.batch, progress.batch + len(batch) - 1, ends_epoch)
-    run.trail.add(progress.step, place, run.metrics.added_in_step("loss"))
+    run.trail.add(progress.step, place, run.metrics.added_in_step("loss") if run.trail.spike is not None else None)
 
 
 def go_back(cfg: Settings, run: Run, bad: BadStepsError) -> None:

@@ -45,13 +45,13 @@ class Trail:
         self._losses: list[tuple[int, Added]] = []
         self._is_checked = False
 
-    def add(self, step: int, place: Trained, loss: Added) -> None:
-        """Note a step, and what `Metrics.added_in_step` says of its loss."""
+    def add(self, step: int, place: Trained, loss: Added | None) -> None:
+        """Note a step, and what `Metrics.added_in_step` says of its loss, where losses are compared."""
         if self._is_checked:
             self.places.clear()
             self._is_checked = False
         self.places[step] = place
-        if self.spike is not None:
+        if loss is not None:
             self._losses.append((step, loss))
 
     def check(self, watch: Watch, ranks: Ranks | None, before: list[float]) -> None:
