@@ -155,18 +155,19 @@ def test_a_loss_that_is_always_bad_ends_the_run() -> None:
         run("other", always, rollback=OFTEN)  # of the first epoch nothing is left
 
 
-def test_no_bad_state_is_validated_or_saved() -> None:
+def test_no_bad_state_is_validated() -> None:
     seen: list[float] = []
-    look = sheer.On(validation_end=lambda step, metrics: seen.append(metrics["val/loss"]) or None)
-    run(
-        "run",
-        Step([(0, 3)]),
-        callbacks=lambda: [look],
-        val=loader(32, shuffle=False),
-        validate_every_n_steps=5,
-        log_every_n_steps=50,
-    )
+    look = sheer.On(validation_end=lambda step, metrics: seen.append(metrics["val/loss"]))
+    how: dict[str, Any] = {"validate_every_n_steps": 5, "log_every_n_steps": 50, "checkpoint": sheer.Checkpoint()}
+    run("run", Step([(0, 3)]), callbacks=lambda: [look], val=loader(32, shuffle=False), **how)
     assert len(seen) == 4 and all(map(math.isfinite, seen))
+
+
+def test_an_epoch_that_is_begun_again_is_told() -> None:
+    epochs: list[int] = []
+    look = sheer.On(epoch_start=lambda epoch, model: epochs.append(epoch))
+    run("run", Step([(1, 0), (2, 3)]), callbacks=lambda: [look], checkpoint=sheer.Checkpoint(every_n_epochs=1))
+    assert epochs == [0, 1, 1, 2, 2]
 
 
 def test_a_signal_in_the_bad_step_saves_a_good_state(monkeypatch: pytest.MonkeyPatch) -> None:
