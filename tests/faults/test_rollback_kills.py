@@ -65,7 +65,7 @@ def train(
 
     sheer.loop.go_back = noted
     left = run(
-        folder, Steps(), rollback=sheer.Rollback(spike=20.0), val=loader(32, shuffle=False), monitor="val/loss",
+        folder, Steps(), rollback=sheer.Rollback(spike=20.0), val=loader(32, shuffle=False), monitor="val/loss", validate_first=True,
         callbacks=lambda: [sheer.EMA(0.9), *([DiesAt(*dies)] if dies is not None else [])],
     )  # fmt: skip
     return left, watched.seen
@@ -93,6 +93,7 @@ def compare() -> list[str]:
             return [f"it went back {len(backs)} times"]
         kills: list[tuple[Kill | None, Any]] = [
             (Kill("back", "after"), None),
+            (None, (2, 1)),
             (None, (3, 2)),
             (None, (10, 2)),
             (None, (12, 1)),
