@@ -80,18 +80,20 @@ class TrainingData:
         """
         while True:
             epoch, start = progress.epoch, progress.batch
+            left_out, end = ranges_in(progress.left_out, epoch), self.batches_per_epoch
+            end = None if end is None else end_without(left_out, end)
             if restore_random is not None and start == 0 and (epoch == 0 or self.source.reopens):
                 if self._is_over(restore_random):
                     return
                 restore_random = None
             opened = batches = self.source.epoch(0 if self.same_epoch else epoch, start)
-            if self.batches_per_epoch is not None:
-                batches = itertools.islice(batches, self.batches_per_epoch - start)
+            if end is not None:
+                batches = itertools.islice(batches, end - start)
             if restore_random is not None and self._fetch_under is None:
                 if self._is_over(restore_random):
                     return
                 restore_random = None
-            yield from self._epoch(self._steps_of(batches), progress, restore_random)
+            yield from self._epoch(self._steps_of(batches), progress, left_out, end, restore_random)
             restore_random = None
             if self.goes_back is not None:
                 restore_random, self.goes_back = self.goes_back, None
@@ -101,7 +103,7 @@ class TrainingData:
                 return
             if progress.epoch == epoch:
                 raise self._ended_early(progress)
-            if self.knows_length_from_user and next(opened, None) is not None:
+            if self.knows_length_from_user and end == self.batches_per_epoch and next(opened, None) is not None:
                 warnings.warn(
                     f"The training loader says that it has {self.batches_per_epoch} batches and gives more, which are left out. Its __len__ is "
                     "wrong, or several workers each yield the whole dataset (see torch.utils.data.get_worker_info).",
@@ -121,16 +123,20 @@ class TrainingData:
         return steps if self.ranks.parallel.cp == 1 else with_own_sequences(steps, self.ranks)
 
     def _epoch(
-        self, steps: Iterator[StepBatch], progress: Progress, restore_random: Callable[[], None] | None
+        self,
+        steps: Iterator[StepBatch],
+        progress: Progress,
+        left_out: Sequence[tuple[int, int]],
+        end: int | None,
+        restore_random: Callable[[], None] | None,
     ) -> Iterator[StepBatch]:
-        passed, left_out = progress.batch, ranges_in(progress.left_out, progress.epoch)
+        passed = progress.batch
         self._passed_over.clear()
         if left_out:
             steps = self._without(left_out, steps, passed)
-        if self.batches_per_epoch is None:
+        if end is None:
             yield from self._looking_ahead(steps, progress, restore_random)
             return
-        end = end_without(left_out, self.batches_per_epoch)
         if self.copies_ahead:
             steps = copied_ahead(steps, self.device, self.dtype)
         elif self.moves:
@@ -149,7 +155,7 @@ class TrainingData:
     def _without(
         self, left_out: Sequence[tuple[int, int]], steps: Iterator[StepBatch], start: int
     ) -> Iterator[StepBatch]:
-        """Pass over the steps whose batches are left out. They are read, so what is drawn for them is drawn as ever."""
+        """Pass over the steps whose batches are left out. They are read, so what is drawn for them is drawn as ever; not at an epoch's end."""
         over = 0
         for step in steps:
             if any(first <= start <= last for first, last in left_out):

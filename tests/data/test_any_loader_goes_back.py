@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,16 +12,36 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import sheer
+from sheer.progress import Progress
 from tests.data.test_any_loader_resumes import KINDS, Case, make, plain
+from tests.rollback import progress_of
 
 EPOCHS = 3
 Seen = dict[int, list[Any]]  # of each step its batches
 
 
-class Looks:
-    """Notes what each step is trained on, and is NaN on one of these batches."""
+class Stream:
+    """Batches without a length, with a state."""
 
-    def __init__(self, bad: Any = None) -> None:
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        first = self.at % 6
+        for self.at in range(first + 1, 7):
+            yield self.at + torch.rand(3)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+class Looks:
+    """Notes what each step is trained on, and is NaN on some batches."""
+
+    def __init__(self, bad: Sequence[Any]) -> None:
         self.bad, self.seen = bad, Seen()
 
     def on_step_start(self, step: int, model: nn.Module, batch: Any) -> None:
@@ -27,20 +49,24 @@ class Looks:
 
     def __call__(self, net: nn.Module, batch: Any, step: int) -> Tensor:
         self.seen.setdefault(step, []).append(plain(batch))
-        return net(torch.ones(1)).sum() * (float("nan") if plain(batch) == self.bad else 1.0)
+        return net(torch.ones(1)).sum() * (float("nan") if plain(batch) in self.bad else 1.0)
 
 
-def train(folder: str, case: Case, bad: Any = None) -> tuple[list[Any], torch.Tensor, int]:
+def train(folder: str, case: Case, bad: Sequence[Any] = ()) -> tuple[list[Any], torch.Tensor, int]:
     """Fit; return what the steps were trained on, the random state that is left, and how many steps there were."""
     looks, net = Looks(bad), nn.Linear(1, 1)
     sheer.seed_everything(0)
     trainer = sheer.Trainer(
-        max_epochs=EPOCHS, device="cpu", nonfinite="raise" if bad is None else sheer.Rollback(max_times=9), run_dir=folder,
+        max_epochs=EPOCHS, device="cpu", nonfinite=sheer.Rollback(max_times=9) if bad else "raise", run_dir=folder,
         log_every_n_steps=3, checkpoint=sheer.Checkpoint(every_n_steps=2), limit_train_batches=case.limit,
         accumulate_grad_batches=case.accumulate, callbacks=[looks], loggers=[sheer.Console(live=False)],
     )  # fmt: skip
     result = trainer.fit(
-        net, looks, make(case), optimizer=SGD(net.parameters(), lr=0.0), resume_by_skipping=case.kind == "an iterable"
+        net,
+        looks,
+        Stream() if case.kind == "a stream" else make(case),
+        optimizer=SGD(net.parameters(), lr=0.0),
+        resume_by_skipping=case.kind == "an iterable",
     )
     return list(looks.seen.values()), torch.get_rng_state(), result.step
 
@@ -51,15 +77,24 @@ CASES = [
     for how in [((0, False, None, 1), (2, False, 4, 1))[number % 2], ((2, True, 4, 1), (0, False, 4, 2))[number // 2 % 2]]
     if (kind, how[1]) != ("an iterable", True)
 ]  # fmt: skip
+CASES += [Case("an iterable", workers, False, None, 1) for workers in (0, 2)]
+CASES += [Case("a stream", 0, False, limit, accumulate) for limit, accumulate in ((None, 1), (None, 2))]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_the_order_of_all_others_stays(number: int) -> None:
+def test_the_order_of_all_others_stays(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[number]
     steps, random, _ = train("clean", case)
-    at = (0, len(steps) // EPOCHS - 1, len(steps) // EPOCHS + 1)[number % 3]
-    bad = steps[at][-1]
+    epoch = len(steps) // EPOCHS
+    at = (0, epoch - 1, epoch + 1)[number % 3]
+    bad = [steps[at][-1], steps[at + 2][0]]
     seen, left, made = train("bad", case, bad)
-    expected = [step for step in steps if bad not in step]
+    monkeypatch.setattr("sheer.start.Progress", functools.partial(Progress, left_out=progress_of("bad")["left_out"]))
+    expected, other_random, _ = train("without", case)
     assert seen == expected and made == len(expected) < len(steps), f"{case}, step {at + 1}"
-    assert torch.equal(left, random), f"{case}, step {at + 1}"
+    assert torch.equal(left, other_random), f"{case}, step {at + 1}"
+    if (at + 1) % epoch and (
+        at + 3
+    ) % epoch:  # what is left out at an epoch's end is not read, so nothing is drawn for it
+        assert seen == [step for step in steps if not any(batch in bad for batch in step)], f"{case}, step {at + 1}"
+        assert torch.equal(left, random), f"{case}, step {at + 1}"
