@@ -19,6 +19,8 @@ from tests.faults.runs import same
 from tests.rollback import BATCHES, Step, plain, progress_of, run
 from tests.task import loader
 
+pytestmark = pytest.mark.usefixtures("in_memory")
+
 
 def assert_equals_plain(
     bad: list[tuple[int, int]], by_hand: dict[str, Any] | None = None, **how: Any

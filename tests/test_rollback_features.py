@@ -19,6 +19,8 @@ from tests.faults.runs import same
 from tests.rollback import Step, progress_of, run
 from tests.task import loader, model, step
 
+pytestmark = pytest.mark.usefixtures("in_memory")
+
 BAD = [(0, 2), (1, 3), (2, 6)]
 
 

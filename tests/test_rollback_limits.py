@@ -21,6 +21,8 @@ from tests.faults.runs import same
 from tests.rollback import OFTEN, Step, lines_of, plain, progress_of, run
 from tests.task import dataset, loader, loss_step, model
 
+pytestmark = pytest.mark.usefixtures("in_memory")
+
 BAD = [(1, 3)]
 
 
