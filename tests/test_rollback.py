@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sheer
+from sheer.errors import BadStepsError
 from sheer.nonfinite import Watch
 from sheer.trail import FEWEST, Trail, Trained, limit_of, on_host
 from tests.faults.runs import same
@@ -114,6 +115,16 @@ def test_what_counts_as_a_spike() -> None:
 def test_where_no_loss_is_below_0_the_limit_is_a_multiple_of_the_median(losses: list[float], spike: float) -> None:
     middle = median(losses)
     assert limit_of(losses, spike) == (pytest.approx(spike * middle) if middle > 0 else math.inf)
+
+
+def test_an_infinite_loss_is_no_spike_and_what_follows_is_not_bad_with_it() -> None:
+    trail, watch = Trail(2.0), Watch()
+    for step, loss in enumerate([*[1.0] * 20, math.inf, 9.0], start=1):
+        watch.add(step, "loss", torch.tensor(loss))
+        trail.add(step, Trained(0, step, step, False), ([torch.tensor(loss)], [1], True))
+    with pytest.raises(BadStepsError, match="became NaN or infinite at step 21") as found:
+        trail.check(watch, None, [])
+    assert (found.value.first, found.value.last) == (21, 21)
 
 
 def test_a_rise_that_is_slow_is_no_spike() -> None:
