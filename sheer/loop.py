@@ -16,13 +16,13 @@ from sheer.console import clock
 from sheer.data.batch import StepBatch
 from sheer.distributed.agree import agreed, first_of, gathered
 from sheer.distributed.mesh import form_ranks
-from sheer.distributed.steps import evaluator_of
+from sheer.distributed.steps import evaluator_of, let_go
 from sheer.distributed.wrap import Parallelize
 from sheer.due import asked_for, duration_over, save_is_due, validation_is_due
 from sheer.errors import BadStepsError
 from sheer.evaluation import Evaluation, evaluate
 from sheer.garbage import collect_if_due
-from sheer.leaving import before_validation
+from sheer.leaving import Told, before_validation
 from sheer.loss import Step
 from sheer.memory import agree_on_parts, smaller_parts, train_again
 from sheer.metrics import Media, contents, put_back
@@ -115,22 +115,22 @@ def begin(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
 
 
 def let_validations_be_left(cfg: Settings, run: Run, validation: Evaluation | None, signals: StopSignals) -> None:
-    """Let a validation be left in its middle when the run is told to stop, and end the step that an earlier session left so.
-
-    On several ranks it is run to its end: they stop where a step ends.
-    """
-    if cfg.checkpoint is not None and run.ranks is None:
-        run.told, run.leave = signals, functools.partial(leave_validation, cfg, run, signals)
+    """Let a validation be left in its middle when the run is told to stop, and end the step that an earlier session left so."""
+    if cfg.checkpoint is not None:
+        run.told = Told(signals, run.agreement)
+        run.leave = functools.partial(leave_validation, cfg, run, run.told)
     if run.progress.owes_validation and run.data is not None:
         run.metrics.hold(metrics_in(run.model))
         run.data.owed = functools.partial(end_owed_step, cfg, run, validation, signals)
 
 
-def leave_validation(cfg: Settings, run: Run, signals: StopSignals) -> None:
+def leave_validation(cfg: Settings, run: Run, told: Told) -> None:
     """Save the run as it was before the validation that was left."""
     assert run.before_validating is not None
+    if run.stepper is not None:
+        let_go(run.stepper)
     run.before_validating.restore(run.model)
-    run.progress.owes_validation, run.progress.stopped_by = True, signals.received
+    run.progress.owes_validation, run.progress.stopped_by = True, told.reason
     finish(cfg, run, None)
 
 
@@ -198,7 +198,7 @@ def end_step(
         stop = by_epoch or stop
 
     if run.agreement is not None:
-        stop = run.agreement.heard(progress.step, stop, signals.received)
+        stop = run.agreement.heard(stop, signals.received)
     elif signals.received is not None and stop is None:
         stop = signals.received
     if stop is not None:

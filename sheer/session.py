@@ -43,6 +43,7 @@ class Session:
             self.run.agreement.start()
         self.run.loggers.start(self.run.info)
         self.run.console.open(self.run.progress, self.run.total_steps)
+        self.run.compilations.open()
         hold_collections()
         return self
 
@@ -87,6 +88,7 @@ class Session:
             self.run.data.source.close()
         if self.run.graphs is not None:
             self.run.graphs.close()
+        self.run.compilations.close()
         self.run.loggers.close()
         self.run.console.close()
         if not is_other_rank(self.run.ranks):

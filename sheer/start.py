@@ -198,6 +198,8 @@ def start_run(
         progress=progress,
         trail=trail_of(cfg) if cfg.nonfinite not in ("raise", "skip", "ignore") else None,
     )
+    if cfg.activation_memory_budget < 1.0:
+        run.compilations.budget = cfg.activation_memory_budget
     if run.scaler is not None:
         run.progress.scale = run.scaler.get_scale()
     run.saver.open(run.info.run_id, run.info.start_step)
