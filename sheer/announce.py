@@ -34,7 +34,7 @@ def announce(cfg: Settings, run: Run, checkpoint: Path | None) -> None:
     announce_data(cfg, run)
     if (cfg.nonfinite == "skip" or run.scaler is not None) and not cfg.cuda_graph:
         say("the host waits for the device once a step, to see whether the gradients are finite")
-    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+    if isinstance(cfg.nonfinite, Rollback):
         say(describe_rollback(cfg))
     say(f"run: {run.info.run_dir}" + ("" if cfg.fast_dev_run else f" (id {run.info.run_id})"))
     if checkpoint is not None:

@@ -33,7 +33,7 @@ from sheer.rollback import go_back, note_step
 from sheer.run import Run
 from sheer.saving import look_back, prepare_memory, save_checkpoint
 from sheer.session import Session, leave_if_told
-from sheer.settings import Settings
+from sheer.settings import Rollback, Settings
 from sheer.signals import StopSignals, is_signal
 from sheer.speed.graph import graphed_step, graphs_of, settle_graphs
 from sheer.start import evaluation_of, start_run, training_data
@@ -77,7 +77,7 @@ def fit(
     with Session(run), StopSignals() as signals:
         begin(cfg, run, validation)
         let_validations_be_left(cfg, run, validation, signals)
-        if cfg.nonfinite not in ("raise", "skip", "ignore"):
+        if isinstance(cfg.nonfinite, Rollback):
             save_start(cfg, run, restore_random)
         for batch in train.steps(progress, restore_random):
             begin_step(run, batch)
@@ -90,7 +90,7 @@ def fit(
                 except torch.OutOfMemoryError as error:
                     train_again(cfg, run, train_on, step_function, numbered, batch, error)
                 apply(cfg, run, optimizer, scheduler)
-            if cfg.nonfinite not in ("raise", "skip", "ignore"):
+            if isinstance(cfg.nonfinite, Rollback):
                 if end_or_go_back(cfg, run, batch, train.at_end, validation, signals):
                     break
             elif end_step(cfg, run, batch, train.at_end, validation, signals):
@@ -107,7 +107,7 @@ def begin(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
     if validation is not None:
         try_validation(cfg, run, validation)
     # Of a run that may go back, step 0 is saved behind that validation.
-    not_validated = cfg.nonfinite in ("raise", "skip", "ignore") or run.progress.validated_at < 0
+    not_validated = not isinstance(cfg.nonfinite, Rollback) or run.progress.validated_at < 0
     if cfg.validate_first and validation is not None and run.progress.step == 0 and not_validated:
         validate(cfg, run, validation)
     if run.progress.batch == 0 and not run.progress.owes_validation:
@@ -276,13 +276,13 @@ def log_training(cfg: Settings, run: Run) -> None:
         settle_graphs(run)
     if cfg.nonfinite == "raise":
         run.watch.check(run.ranks)
-    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+    if isinstance(cfg.nonfinite, Rollback):
         look_back(run, weights=False)
     agree_on_parts(run)
     logged = {f"train/{name}": value for name, value in run.metrics.read(run.ranks).items()}
     for callback in run.events.log:
         logged.update(callback.on_log(run.progress.step, logged) or {})
-    if cfg.nonfinite not in ("raise", "skip", "ignore") and run.progress.rollbacks > 0:
+    if isinstance(cfg.nonfinite, Rollback) and run.progress.rollbacks > 0:
         logged["rollbacks"] = float(run.progress.rollbacks)
     if run.progress.validated_at < 0:
         run.progress.metrics = logged
@@ -295,7 +295,7 @@ def log_training(cfg: Settings, run: Run) -> None:
 
 def validate(cfg: Settings, run: Run, validation: Evaluation) -> str | None:
     """Validate, report it, and tell the schedulers and callbacks that follow it. Returns why the run is to stop, or None."""
-    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+    if isinstance(cfg.nonfinite, Rollback):
         look_back(run)
     remember(run)
     set_aside = run.metrics.set_aside()

@@ -30,7 +30,7 @@ from sheer.random import set_random_state
 from sheer.resume import open_data
 from sheer.run import Result, Run, result_of
 from sheer.session import Session, leave_if_told
-from sheer.settings import Settings, unknown_name
+from sheer.settings import Rollback, Settings, unknown_name
 from sheer.signals import StopSignals, is_signal
 from sheer.start import count_steps, evaluation_of, start_run, training_data
 from sheer.step import apply, backward_of, scale_gradients
@@ -65,7 +65,7 @@ def check_loop(cfg: Settings, optimizers: Mapping[str, Any], schedulers: Mapping
     for name in schedulers:
         if name not in optimizers:
             raise unknown_name(name, optimizers, "optimizers, which schedulers refers to,")
-    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+    if isinstance(cfg.nonfinite, Rollback):
         raise SettingsError(
             "nonfinite=Rollback(...) makes steps again, and those of a loop of your own are not Sheer's to make: what else your loop does would not go "
             'back. Train with fit, or set nonfinite="skip" or "raise".'

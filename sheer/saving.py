@@ -23,7 +23,7 @@ from sheer.errors import BadStepsError, NonFiniteError, RunError
 from sheer.memory import agree_on_parts
 from sheer.random import random_state
 from sheer.run import Run, tensors_of
-from sheer.settings import Settings
+from sheer.settings import Rollback, Settings
 from sheer.speed.graph import settle_graphs
 
 
@@ -59,7 +59,7 @@ def save_checkpoint(cfg: Settings, run: Run, *, wait: bool) -> None:
     if cfg.nonfinite == "raise":
         run.watch.check(run.ranks)
         check_weights(run.model, run.progress.step, run.ranks)
-    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+    if isinstance(cfg.nonfinite, Rollback):
         look_back(run)
     name = agreed(run.ranks, "" if is_other_rank(run.ranks) else run.saver.name_for(run.progress.step))
     if run.ranks is not None:

@@ -67,7 +67,7 @@ def training_data(
         same_epoch=cfg.overfit_batches > 0,
         ranks=ranks,
     )
-    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+    if isinstance(cfg.nonfinite, Rollback):
         refuse_one_way(source)
     return TrainingData(
         source,
@@ -196,7 +196,7 @@ def start_run(
         scheduled_steps=steps if are_made_here(schedulers) else None,
         data=data,
         progress=progress,
-        trail=trail_of(cfg) if cfg.nonfinite not in ("raise", "skip", "ignore") else None,
+        trail=Trail(cfg.nonfinite.spike) if isinstance(cfg.nonfinite, Rollback) else None,
     )
     if cfg.activation_memory_budget < 1.0:
         run.compilations.budget = cfg.activation_memory_budget
@@ -209,12 +209,6 @@ def start_run(
     check_length_of_schedules(cfg, run)
     announce(cfg, run, checkpoint)
     return run, state
-
-
-def trail_of(cfg: Settings) -> Trail:
-    """Return what notes the steps of a run that may go back."""
-    assert isinstance(cfg.nonfinite, Rollback)
-    return Trail(cfg.nonfinite.spike)
 
 
 def averaging_of(plugins: Plugins) -> Any | None:

@@ -21,7 +21,7 @@ from sheer.errors import NonFiniteError, SheerWarning, StepError
 from sheer.loss import Step, loss_in, no_loss
 from sheer.metrics import Mean, Number, contents
 from sheer.run import Run
-from sheer.settings import Settings
+from sheer.settings import Rollback, Settings
 
 MAX_SKIPPED = 100  # steps in a row that `nonfinite="skip"` may leave out
 _TINY = 1e-12  # stands for a count of 0, so that a batch in which nothing counts gives a gradient of 0
@@ -133,7 +133,7 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
         cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm"
     ):
         norm = norm_of(run, parameters)
-    if cfg.nonfinite not in ("raise", "skip", "ignore") and run.scaler is None:  # so that the bad step is named exactly
+    if isinstance(cfg.nonfinite, Rollback) and run.scaler is None:  # so that the bad step is named exactly
         run.watch.add(run.progress.step, "gradient norm", norm)
     if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm":
         clip_norm(cfg, run, parameters, cfg.gradient_clip_val, norm)

@@ -121,7 +121,8 @@ def knowledge_of(
     present = {f"cfg.{name}" for name in [*values, *kept, *map(argument_name, kept)]}
     plain_metrics = "media" not in facts.uses and "computed" not in facts.uses
     answers = answers_of(facts)
-    absent = {"Image", "Text", "Figure"} if "media" not in facts.uses else set()
+    absent = {"Rollback"}  # runs that go back are refused
+    absent |= {"Image", "Text", "Figure"} if "media" not in facts.uses else set()
     absent |= {"Computed"} if "computed" not in facts.uses else set()
     absent |= {"Mean"} if "Mean" not in facts.uses else set()
     absent |= set() if facts.plateau else {"ReduceLROnPlateau"}
