@@ -296,8 +296,8 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
         has_buffers=model is not None and any(True for _ in model.buffers()),
         stops_alone=next((type(c).__name__ for c in callbacks if may_stop(getattr(c, "on_step_end", None))), ""),
         refused_on_ranks=refused_on_ranks(model, evaluated, arguments.get("parallelize")),
-        plain_data=is_plain_data(loader, type(source).__name__, trainer.settings)
-        and not any(each is loader for each in evaluated),
+        plain_data=(plain_data := is_plain_data(loader, type(source).__name__, trainer.settings)),
+        reads=tuple(reads_of(loader)) if plain_data else (),
         batch=structures.pop() if len(structures) == 1 else "",
         returns="Mapping" if all(returns_mapping(s) for own in steps.values() for s in own if s is not None) else "",
         uses=("computed",) if keeps_metrics() else (),
@@ -365,32 +365,32 @@ def values_of(loaders: Any) -> list[Any]:
 
 
 def structure_of(loader: Any) -> str:
-    """Return what the batches of a loader are: a "list" or "dict" of tensors, a "tensor", or "" for all else."""
+    """Return what the batches of a loader are: a "list", "tuple" or "dict" of tensors, a "tensor", or "" for all else."""
     from torch import Tensor
     from torch.utils.data import DataLoader, IterableDataset
 
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return ""
     batch = loader.collate_fn([loader.dataset[0]])
-    parts = batch.values() if type(batch) is dict else batch if type(batch) is list else [batch]
+    parts = batch.values() if type(batch) is dict else batch if type(batch) in (list, tuple) else [batch]
     if not all(isinstance(part, Tensor) and part.dim() > 0 for part in parts) or not parts:
         return ""
-    if type(batch) in (dict, list):
-        return type(batch).__name__
-    return "tensor" if isinstance(batch, Tensor) else ""
+    return "tensor" if isinstance(batch, Tensor) else type(batch).__name__
 
 
 def is_plain_data(loader: Any, source: str, settings: Any) -> bool:
-    """Whether the plain twin reads a training loader as the library does: in the shuffled default order, in this process."""
-    from torch.utils.data import RandomSampler
+    """Whether a plain twin reads a training loader as the library does: one in its default order, with the common options."""
+    from torch.utils.data import RandomSampler, SequentialSampler
 
     from sheer.data.order import INDEXED_ABOVE
 
     return (
         source == "GlobalOrderSource"
-        and type(loader.sampler) is RandomSampler
-        and loader.generator is loader.sampler.generator is None
-        and loader.num_workers == 0
+        and type(loader.sampler) in (RandomSampler, SequentialSampler)
+        and loader.generator is getattr(loader.sampler, "generator", None) is None
+        and loader.timeout == 0
+        and loader.multiprocessing_context is None
+        and loader.in_order
         and loader.batch_size is not None
         and len(loader.dataset) <= INDEXED_ABOVE
         and settings.limit_train_batches is None
@@ -398,6 +398,20 @@ def is_plain_data(loader: Any, source: str, settings: Any) -> bool:
         and not settings.precision.endswith("64-true")
         and not settings.precision.endswith("bf16-true")
     )
+
+
+def reads_of(loader: Any) -> Iterator[str]:
+    """Yield what a plain twin need know of a training loader."""
+    from torch.utils.data import RandomSampler, Subset
+
+    if type(loader.sampler) is RandomSampler:
+        yield "shuffled"
+    if loader.num_workers > 0:
+        yield "workers"
+        if loader.persistent_workers:
+            yield "persistent"
+        if hasattr(loader.dataset, "__getitems__") and not isinstance(loader.dataset, Subset):
+            yield "together"
 
 
 def returns_mapping(step: Any) -> bool:

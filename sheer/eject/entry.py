@@ -8,7 +8,7 @@ from collections.abc import Sequence, Set
 
 from sheer.eject.facts import Facts, Other
 from sheer.eject.fold import dotted, is_constant
-from sheer.eject.knowledge import argument_name, marked
+from sheer.eject.knowledge import argument_name, data_twins, marked
 from sheer.eject.rewrite import Rewrite, is_literal
 from sheer.eject.scope import fresh, parameters, substituted, walk
 
@@ -223,16 +223,15 @@ class _PlainData(ast.NodeTransformer):
     """Reads the training data by a plain twin: one that can only start anew, or one that goes on at any position."""
 
     def __init__(self, facts: Facts) -> None:
-        self.goes_on = facts.settings["resume"] is not None or facts.settings["checkpoint"] is not None
+        self.data = data_twins(facts)["TrainingData"]
         self.groups = facts.settings["accumulate_grad_batches"] > 1
         self.shares = facts.parallel is not None
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt:
         if isinstance(node.value, ast.Call) and dotted(node.value.func) == "training_data":
             size = "cfg.accumulate_grad_batches"
-            if self.goes_on:
-                text = f"PlainData(train_loader, compute.device, {size})"
-            else:
+            text = f"{self.data}(train_loader, compute.device, {size})"
+            if self.data == "PlainLength":
                 text = (
                     f"PlainLength(-(-len(train_loader) // {size}))" if self.groups else "PlainLength(len(train_loader))"
                 )
@@ -245,7 +244,7 @@ class _PlainData(ast.NodeTransformer):
         if self.shares:
             return self._shared(node, node.target.id)
         text = "plain_epochs(train_loader, compute.device)"
-        if self.goes_on:
+        if self.data != "PlainLength":
             text = "train.epochs(run.progress.epoch, run.progress.batch, restore_random)"
         if self.groups:
             text = f"plain_grouped({text}, cfg.accumulate_grad_batches)"

@@ -62,7 +62,10 @@ class Facts:
     is_abstract: bool = False  # whether some of the model is on the meta device
     is_training: bool = False  # whether the model is in train mode
     val_names: tuple[str, ...] | None = None  # of a dict of validation loaders
-    batch: str = ""  # what a batch is: a "list" or "dict" of tensors, a "tensor"; "" for all else
+    batch: str = ""  # what a batch is: a "list", "tuple" or "dict" of tensors, a "tensor"; "" for all else
+    reads: tuple[
+        str, ...
+    ] = ()  # of "shuffled", "workers", "persistent" and "together" what holds of a plain training loader
     plain_data: bool = False  # whether the training loader is one that the plain twin reads
     returns: str = ""  # "Mapping" where the step is seen to return one
     uses: tuple[str, ...] = field(default=())  # of "Mean", "media" and "computed" what metrics may be
@@ -89,7 +92,7 @@ class Facts:
         values["others"] = tuple(
             Other(Span(*other["call"]), other["kind"], other["numbered"]) for other in values["others"]
         )
-        for name in ("none", "functions", "numbered", "uses", "arguments", "modules"):
+        for name in ("none", "functions", "numbered", "reads", "uses", "arguments", "modules"):
             values[name] = tuple(values[name])
         if values["val_names"] is not None:
             values["val_names"] = tuple(values["val_names"])

@@ -179,17 +179,23 @@ def knowledge_of(
         | (twins_together(facts, facts.parallel) if facts.parallel is not None else {})
         | batch_twins(facts)
         | ({} if facts.has_hparams or "media" in facts.uses else {"TensorBoard": "PlainTensorBoard"})
-        | ({"TrainingData": data_twin(facts)} if facts.plain_data or "train_loader" in facts.none else {}),
+        | data_twins(facts),
         Needless(frozenset(calls), frozenset({"_Place"}), INPUT_ERRORS, frozenset({"torch.OutOfMemoryError"})),
         settings,
     )
 
 
-def data_twin(facts: Facts) -> str:
-    """Return the class that stands for the training data."""
-    if facts.kind == "start":
-        return "PlainNoData" if "train_loader" in facts.none else "PlainSteps"
-    return "PlainLength" if facts.settings["checkpoint"] is None and facts.settings["resume"] is None else "PlainData"
+def data_twins(facts: Facts) -> dict[str, str]:
+    """Return what stands for the training data."""
+    twins = {"PlainSeeded": "PlainSeededTogether"} if "together" in facts.reads else {}
+    if "workers" in facts.reads:
+        twins |= {"PlainData": "PlainDataOfWorkers", "plain_epochs": "plain_epochs_of_workers"}
+    if "train_loader" in facts.none:
+        return twins | {"TrainingData": "PlainNoData"}
+    if not facts.plain_data:
+        return twins
+    kept = facts.settings["checkpoint"] is not None or facts.settings["resume"] is not None
+    return twins | {"TrainingData": "PlainSteps" if facts.kind == "start" else "PlainData" if kept else "PlainLength"}
 
 
 def converts(facts: Facts) -> bool:
@@ -199,7 +205,7 @@ def converts(facts: Facts) -> bool:
 
 def batch_twins(facts: Facts) -> dict[str, str]:
     """Return what moves and counts batches of the structure that the loader gives."""
-    if facts.batch not in ("list", "dict", "tensor") or converts(facts):
+    if not facts.batch or converts(facts):
         return {}
     return {"move": f"moved_{facts.batch}", "count_samples": f"size_of_{facts.batch}"}
 
@@ -244,6 +250,8 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
     loggers = ", ".join(f"{marked(logger.label)}," for logger in facts.loggers)
     places = ["compute.device", "compute.dtype"] if converts(facts) else ["compute.device"]
     answers: dict[str, Answer] = {
+        "shuffles": lambda call: ast.Constant("shuffled" in facts.reads),
+        "persists": lambda call: ast.Constant("persistent" in facts.reads),
         "takes_step_number": lambda call: ast.Constant(
             ("eval_step" if len(call.args) > 1 and "eval_step" not in facts.none else "step") in facts.numbered
         ),

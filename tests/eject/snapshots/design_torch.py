@@ -139,27 +139,26 @@ class Data:
 
     def epochs(self, epoch: int, start: int, restore_random: Callable[[], None] | None) -> Iterator[tuple[Any, bool]]:
         """Yield each batch, and whether it ends its epoch; the first is batch `start` of `epoch`."""
-        order = self.loader.sampler.generator = torch.Generator()
-        try:
-            for number in itertools.count(epoch):
-                order.manual_seed(int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0]))
-                if restore_random is not None and start == 0:  # making an iterator draws a number
+        for number in itertools.count(epoch):
+            self.loader.sampler.generator = torch.Generator().manual_seed(
+                int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
+            )
+            if restore_random is not None and start == 0:  # making an iterator draws a number
+                restore_random()
+            for index, batch in enumerate(self.loader, 1):
+                self.loader.sampler.generator = None  # the epoch's order is drawn
+                if index > start:
+                    yield [tensor.to(self.device, non_blocking=True) for tensor in batch], index == len(self.loader)
+                elif restore_random is not None and index == start:
                     restore_random()
-                for index, batch in enumerate(self.loader, 1):
-                    if index > start:
-                        yield [tensor.to(self.device, non_blocking=True) for tensor in batch], index == len(self.loader)
-                    elif restore_random is not None and index == start:
-                        restore_random()
-                start = 0
-                restore_random = None
-        finally:
-            self.loader.sampler.generator = None
+            start = 0
+            restore_random = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
-        size = self.loader.batch_size
-        samples = min(len(self.loader.dataset), len(self.loader) * size)
-        source = {"seed": self.seed, "samples": samples, "batch_size": size, "shuffle": True, "generators": []}
+        samples = min(len(self.loader.dataset), len(self.loader) * self.loader.batch_size)
+        order = {"seed": self.seed, "samples": samples, "batch_size": self.loader.batch_size, "shuffle": True}
+        source = {**order, "generators": []}
         return {"kind": "GlobalOrderSource", "batches": len(self.loader), "source": source, "random": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

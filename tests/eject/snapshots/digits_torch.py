@@ -51,14 +51,13 @@ class Metrics:
 def epochs(train_loader: Any, device: torch.device) -> Iterator[tuple[Any, bool]]:
     """Yield batches, and whether each ends its epoch, whose order depends on the seed and its number alone."""
     seed = torch.initial_seed()
-    train_loader.sampler.generator = order = torch.Generator()
-    try:
-        for epoch in itertools.count():
-            order.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-            for number, batch in enumerate(train_loader, 1):
-                yield [tensor.to(device, non_blocking=True) for tensor in batch], number == len(train_loader)
-    finally:
-        train_loader.sampler.generator = None
+    for epoch in itertools.count():
+        train_loader.sampler.generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+        )
+        for number, batch in enumerate(train_loader, 1):
+            train_loader.sampler.generator = None  # the epoch's order is drawn
+            yield [tensor.to(device, non_blocking=True) for tensor in batch], number == len(train_loader)
 
 
 def report(run_dir: Path, step: int, epoch: int, metrics: dict[str, float]) -> None:
