@@ -57,6 +57,8 @@ TWINS = {
     "load_weights": "plain_load_weights",
     "optimizer_state": "plain_optimizer_state",
     "check_weights": "plain_check_weights",
+    "is_among_best": "plain_is_among_best",
+    "open_data": "plain_open_data",
     "encode": "plain_encode",
     "decode": "plain_decode",
     "Session": "plain_session",
@@ -143,7 +145,6 @@ def knowledge_of(
         known[f"{holder}.loggers.members"] = parsed(f"{holder}.loggers")
         known[f"{holder}.saver.is_writing"] = ast.Constant(False)
         known[f"{holder}.progress.owes_validation"] = ast.Constant(False)  # `plain_state` refuses such a checkpoint
-        known[f"{holder}.saver.expected"] = parsed(f"plain_expected({holder})")
         known |= {f"{holder}.{name}": parsed(value) for name, value in absent_in_run(facts).items()}
     known |= {
         name: parsed(value) for name, value in absent_in_run(facts).items() if name.startswith(("events.", "compute."))

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sheer.checkpoint.optimizer import names_of
-from sheer.checkpoint.store import Saved, ranked
 from sheer.distributed.mesh import Ranks
-from sheer.run import Run
 
 
 def plain_write(
@@ -36,21 +34,27 @@ def plain_write(
     (path / "state.json").write_text(json.dumps(state))
     files = {}
     for file in sorted(path.iterdir()):
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
-            files[file.name] = {
-                "size": file.stat().st_size,
-                "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
-            }
+        plain_sync(file)
+        files[file.name] = {"size": file.stat().st_size, "sha256": plain_hash(file)}
     manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, **facts}
     manifest |= {"leads": [0], "files": files}
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    with (path / "manifest.tmp").open("w") as out:
-        json.dump(manifest, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
+    (path / "manifest.tmp").write_text(json.dumps(manifest, indent=1))
+    plain_sync(path / "manifest.tmp")
     (path / "manifest.tmp").rename(path / "manifest.json")
     return path
+
+
+def plain_sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def plain_hash(path: Path) -> str:
+    """Return the hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plain_write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -58,24 +62,18 @@ def plain_write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: value.cpu().clone().contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
 
 
-def plain_committed(directory: Path) -> list[Saved]:
-    """Return the checkpoints in a folder, oldest first."""
-    manifests = [(path.parent, json.loads(path.read_text())) for path in sorted(directory.glob("step-*/manifest.json"))]
-    return [Saved(path, manifest["step"], manifest["metrics"], manifest) for path, manifest in manifests]
-
-
-def plain_expected(run: Run) -> list[Saved]:
-    """Return the checkpoints of earlier steps; one of a later step was found damaged, and counts for nothing."""
-    return [saved for saved in plain_committed(run.checkpoints) if saved.step < run.progress.step]
+def plain_committed(directory: Path) -> dict[Path, Any]:
+    """Return the checkpoints in a folder, oldest first, each with its manifest."""
+    return {path.parent: json.loads(path.read_text()) for path in sorted(directory.glob("step-*/manifest.json"))}
 
 
 def plain_newest_good(directory: Path) -> Path | None:
     """Return the newest checkpoint whose files are as they were written; None where there is none at all."""
     found = plain_committed(directory)
-    for saved in reversed(found):
-        hashes = {name: file["sha256"] for name, file in saved.manifest["files"].items()}
-        if hashes == {name: hashlib.sha256((saved.path / name).read_bytes()).hexdigest() for name in hashes}:
-            return saved.path
+    for path, manifest in reversed(found.items()):
+        files = manifest["files"].items()
+        if all((path / name).is_file() and plain_hash(path / name) == file["sha256"] for name, file in files):
+            return path
     if found:
         raise RuntimeError(f"No checkpoint in {directory} is as it was written. To start anew, give another run_dir.")
     return None
@@ -110,19 +108,23 @@ def plain_prune(
 ) -> None:
     """Point `last` and `best` at the newest and the best checkpoint, and delete what does not stay."""
     found = plain_committed(directory)
-    saves = list({saved.step: saved for saved in found if saved.step <= step}.values())  # the newest of each step
-    best = ranked(saves, monitor, mode)[:keep_best]
-    staying = {saved.path for saved in [*saves[-keep_last:], *best]}
+    saves = {
+        manifest["step"]: path for path, manifest in found.items() if manifest["step"] <= step
+    }  # the newest of each
+    values = {path: found[path]["metrics"].get(monitor) for path in saves.values()}
+    sign = 1.0 if mode == "min" else -1.0
+    rated = sorted((sign * value, path) for path, value in values.items() if isinstance(value, (int, float)))
+    best = [path for _, path in rated[:keep_best]]
+    staying = {*list(values)[-keep_last:], *best}
     if every is not None:
-        staying |= {saved.path for saved in saves if saved.step % every == 0}
-    for link, target in [("last", saves[-1]), *(("best", saved) for saved in best[:1])]:
+        staying |= {path for at, path in saves.items() if at % every == 0}
+    for link, path in [("last", saves[step]), *(("best", path) for path in best[:1])]:
         (directory / f".{link}").unlink(missing_ok=True)
-        (directory / f".{link}").symlink_to(target.path.name)
+        (directory / f".{link}").symlink_to(path.name)
         (directory / f".{link}").rename(directory / link)
-    for saved in found:
-        if saved.path not in staying:
-            (saved.path / "manifest.json").unlink()
-            shutil.rmtree(saved.path)
+    for path in found.keys() - staying:
+        (path / "manifest.json").unlink()
+        shutil.rmtree(path)
 
 
 def plain_load_model(model: nn.Module, stored: Mapping[str, Tensor], extra: dict[str, Any], source: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 from sheer.data.batch import StepBatch, count_samples, move
 from sheer.data.order import mix_seed
 from sheer.progress import Progress
-from sheer.random import seed_sample
+from sheer.random import seed_sample, set_random_state
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,13 @@ class PlainSteps:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the seed of the run that goes on."""
         self.data.load_state_dict(state)
+
+
+def plain_open_data(data: Any, state: dict[str, Any] | None) -> Callable[[], None] | None:
+    """Bring the data to where it was saved; return what puts the random states back where the data says."""
+    if data is not None and state is not None:
+        data.load_state_dict(state["data"])
+    return functools.partial(set_random_state, state["random"]) if state is not None else None
 
 
 def plain_counted(loader: Iterable[Any], limit: int | None) -> Iterator[tuple[Any, int]]:

@@ -45,7 +45,8 @@ def plain_log_media(run: Run, step: int, media: Mapping[str, Media]) -> None:
 
 def plain_console_log(step: int, metrics: Mapping[str, float]) -> None:
     """Print metrics in a line."""
-    print(f"step {step:,} · " + " · ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
+    values = " · ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    print(f"step {step:,} · {values}", flush=True)
 
 
 def plain_logger_states(run: Run) -> dict[str, Any]:
@@ -124,13 +125,13 @@ class PlainTensorBoard:
 
     def __init__(self, folder: str = "tensorboard") -> None:
         self.folder = folder
-        self.goes_on = False  # opened before in this process: nothing in the files is to be hidden
+        self.is_first = True
 
     def start(self, info: RunInfo) -> None:
-        """Open a new event file; what others in the folder hold of steps that will be made again is hidden."""
-        hide_from = None if self.goes_on else info.start_step + 1
-        self.writer = SummaryWriter(str(info.run_dir / self.folder), purge_step=hide_from, flush_secs=10)
-        self.goes_on = True
+        """Open a new event file; the first of a process hides what others in the folder hold of steps that will be made again."""
+        purge_step = info.start_step + 1 if self.is_first else None
+        self.writer = SummaryWriter(str(info.run_dir / self.folder), purge_step=purge_step, flush_secs=10)
+        self.is_first = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a scalar for each metric."""
@@ -147,8 +148,7 @@ class PlainTensorBoard:
         return {"run": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hide, at the start, what was written after the checkpoint."""
-        self.goes_on = False
+        """Do nothing: a script has one run, and hides, at its start, what was written after the checkpoint."""
 
 
 def plain_leave(run: Run, signals: PlainStopSignals) -> None:

@@ -18,7 +18,7 @@ from sheer.data.batch import StepBatch, count_samples
 from sheer.evaluation import Evaluation
 from sheer.loop import finish, log_training, validate
 from sheer.own_loop import apply_one, backward_alone, is_last_step, own_steps, start_loop
-from sheer.plain.checkpoint import plain_prune, plain_write
+from sheer.plain.checkpoint import plain_committed, plain_prune, plain_write
 from sheer.plugins import Plugins
 from sheer.run import Result, Run, result_of, tensors_of
 from sheer.saving import check_weights, own_state_of, state_of
@@ -193,3 +193,19 @@ def plain_save(cfg: Settings, run: Run) -> Path:
             mode=cfg.monitor_mode,
         )
     return path
+
+
+def plain_is_among_best(cfg: Settings, run: Run) -> bool:
+    """Whether the metrics of the last validation belong to the best that are kept."""
+    if (
+        cfg.checkpoint is None
+        or cfg.monitor is None
+        or cfg.checkpoint.keep_best == 0
+        or run.progress.validated_at != run.progress.step
+    ):
+        return False
+    value, step = run.progress.metrics[cfg.monitor], run.progress.step
+    earlier = [m["metrics"].get(cfg.monitor) for m in plain_committed(run.checkpoints).values() if m["step"] < step]
+    others = [other for other in earlier if isinstance(other, (int, float))]
+    as_good = [other for other in others if (other <= value if cfg.monitor_mode == "min" else other >= value)]
+    return value == value and len(as_good) < cfg.checkpoint.keep_best

@@ -246,7 +246,7 @@ def test_checkpoints_are_read_and_pruned_by_the_other(tmp_path: Path) -> None:
         assert (folder / "best").resolve().name == "step-00000002"
         assert (folder / "last").resolve().name == "step-00000008-2"
         assert [(s.step, s.metrics) for s in committed(Disk(folder))] == [
-            (s.step, s.metrics) for s in plain_committed(folder)
+            (manifest["step"], manifest["metrics"]) for manifest in plain_committed(folder).values()
         ]
         assert stored_in(folder / "last", read_manifest(folder / "last"), "model")["w"].tolist() == [8.0]
         newest = plain_newest_good(folder)
