@@ -334,7 +334,8 @@ def finish(cfg: Settings, run: Run, validation: Evaluation | None, saved: bool =
             settle_graphs(run)
         if run.metrics:
             log_training(cfg, run)
-        if validation is not None and progress.validated_at != progress.step:
+        by_callback = events.step_end or events.epoch_end  # a duration ends a run behind a validation
+        if validation is not None and by_callback and progress.validated_at != progress.step:
             validate(cfg, run, validation)
     if cfg.checkpoint is not None and not saved:
         save_and_tell(cfg, run, wait=True)

@@ -125,7 +125,7 @@ def restore(cfg: Settings, run: Run, path: Path, manifest: Mapping[str, Any]) ->
         run.averaging.load_averages(weights)
     told = is_signal(run.progress.stopped_by) or run.progress.stopped_by in DURATIONS
     if told or cfg.resume != "auto":
-        run.progress.stopped_by = duration_over(cfg, run)  # it may be longer now, or that of another run
+        run.progress.stopped_by = duration_over(cfg, run)  # it may be longer now
     if run.progress.owes_validation:  # the step that it was stopped in is to come to its end first
         run.progress.stopped_by = None
     if cfg.resume != "auto" and run.progress.stopped_by is not None:

@@ -27,6 +27,9 @@ class EarlyStopping:
         SettingsError: an argument is out of range; at the start where there is no metric to follow; at a validation without it.
     """
 
+    follows: str  # from the start of the run on
+    _sign: float  # 1 where less is better, else -1
+
     def __init__(
         self,
         patience: int = 3,
@@ -41,7 +44,6 @@ class EarlyStopping:
         if mode not in (None, "min", "max"):
             raise SettingsError(f'EarlyStopping(mode={mode!r}): mode must be "min" or "max".')
         self.patience, self.min_delta, self.monitor, self.mode = patience, min_delta, monitor, mode
-        self.follows, self._sign = "", 1.0
         self._best, self._best_step, self._waited = math.inf, 0, 0
 
     def on_fit_start(self, model: nn.Module, optimizers: Mapping[str, Optimizer], info: RunInfo) -> None:
@@ -67,11 +69,7 @@ class EarlyStopping:
             )
         value = metrics[self.follows]
         if math.isnan(value):
-            warnings.warn(
-                f"{self.follows} is NaN at step {step}, which EarlyStopping counts as no improvement.",
-                SheerWarning,
-                stacklevel=2,
-            )
+            warnings.warn(f"{self.follows} is NaN at step {step}: no improvement.", SheerWarning, stacklevel=2)
         if self._sign * value < self._best - self.min_delta:
             self._best, self._best_step, self._waited = self._sign * value, step, 0
             return None

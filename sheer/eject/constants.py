@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -13,9 +13,9 @@ from torch import nn
 
 from sheer.eject.fold import Known, dotted, fold, is_constant, is_pure
 from sheer.eject.inline import without_docstring
-from sheer.eject.program import Program, arguments_of, drop_parameter
+from sheer.eject.program import Program, arguments_of, drop_parameter, replace_argument, replace_parameter
 from sheer.eject.records import fields_of, holders_of
-from sheer.eject.scope import assignments, default_of, parameters, reads, walk
+from sheer.eject.scope import assignments, bound_in, default_of, parameters, reads, walk
 
 _OTHERS = (dict, list, set, str, bytes, tuple, Path, torch.Tensor, nn.Module, torch.optim.Optimizer)
 
@@ -36,6 +36,54 @@ def bind_methods(program: Program, known: Known, kept: Set[str] = frozenset()) -
                 _bind(method, calls, known)
                 _without_unread(method, calls)
                 method.args.args.insert(0, own)
+
+
+def pass_fields(program: Program, records: Sequence[str], kept: Set[str]) -> None:
+    """Give methods that only read fields of a record these fields, so that no object needs the record as a whole."""
+    for node in [node for node in program.nodes.values() if isinstance(node, ast.ClassDef)]:
+        for method in (m for m in node.body if isinstance(m, ast.FunctionDef) and m.name not in kept):
+            for parameter in parameters(method)[1:]:
+                record = program.nodes.get(dotted(parameter.annotation or parameter) or "")
+                if isinstance(record, ast.ClassDef) and record.name in records:
+                    _pass_fields_of(program, node, method, parameter, record)
+
+
+def _pass_fields_of(
+    program: Program, node: ast.ClassDef, method: ast.FunctionDef, parameter: ast.arg, record: ast.ClassDef
+) -> None:
+    uses = [n for n in walk(method.body) if isinstance(n, ast.Name) and n.id == parameter.arg]
+    read = [
+        n for n in walk(method.body) if isinstance(n, ast.Attribute) and n.value in uses and isinstance(n.ctx, ast.Load)
+    ]
+    names = [name for name in fields_of(record) if name in {n.attr for n in read}]
+    calls = _calls(program, node, method)
+    if len(uses) != len(read) or {n.attr for n in read} - set(names) or set(names) & bound_in(method) or not calls:
+        return
+    bare = copy.copy(method)
+    bare.args = copy.copy(method.args)
+    bare.args.args = method.args.args[1:]
+    given = [(arguments_of(call, bare) or {}).get(parameter.arg) for call in calls]
+    if any(value is None or dotted(value) is None for value in given):
+        return
+    for call, value in zip(calls, given, strict=True):
+        assert value is not None
+        replace_argument(call, value, names, [ast.Attribute(copy.deepcopy(value), name, ast.Load()) for name in names])
+    method.body = [_Fields(parameter.arg).visit(statement) for statement in method.body]
+    new = [ast.arg(name, copy.deepcopy(fields_of(record)[name].annotation)) for name in names]
+    replace_parameter(method, parameter.arg, new)
+
+
+class _Fields(ast.NodeTransformer):
+    """Reads names in place of a record's fields."""
+
+    def __init__(self, holder: str) -> None:
+        self.holder = holder
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        if isinstance(node.value, ast.Name) and node.value.id == self.holder:
+            return ast.Name(node.attr, ast.Load())
+        self.generic_visit(node)
+        return node
 
 
 def drop_idle_methods(program: Program, kept: Set[str]) -> None:
@@ -188,7 +236,7 @@ def fold_attributes(program: Program, known: Known, kept: Set[str] = frozenset()
     for node in list(program.nodes.values()):
         if not isinstance(node, ast.ClassDef) or _sets_by_name(node):
             continue
-        candidates = [*_set_in_init(node), *_defaults(program, node)] if node.body else []
+        candidates = [*_set_in(node), *_defaults(program, node)] if node.body else []
         for name, value in candidates:
             constant = isinstance(value, ast.Constant) or (isinstance(value, ast.Name) and value.id in known.constants)
             if constant and name not in kept and stored[name] == given[name, ast.dump(value)]:
@@ -201,10 +249,10 @@ def _sets_by_name(node: ast.ClassDef) -> bool:
     return any(isinstance(n, ast.Name) and n.id == "setattr" for n in walk([node]))
 
 
-def _set_in_init(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
-    """Yield what a constructor always gives to attributes."""
+def _set_in(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
+    """Yield what methods give to attributes; one that is read before it has none would be an error."""
     for method in node.body:
-        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+        if isinstance(method, ast.FunctionDef):
             yield from _given(method.body)
 
 

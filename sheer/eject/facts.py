@@ -77,6 +77,15 @@ class Facts:
     arguments: tuple[str, ...] = ()  # of the script
     modules: tuple[str, ...] = ()  # modules of the user's own that import the library, each with the line
 
+    @property
+    def plain_board(self) -> bool:
+        """Whether TensorBoard gets numbers alone."""
+        return not self.has_hparams and "media" not in self.uses
+
+    def reopens(self, logger: Plugin) -> bool:
+        """Whether a logger can be opened again with nothing but the folder of the run."""
+        return logger.name == "TensorBoard" and logger.is_ours and self.plain_board
+
     def to_json(self) -> str:
         """Write the facts down."""
         return json.dumps(dataclasses.asdict(self))

@@ -452,6 +452,8 @@ class _Folder(ast.NodeTransformer):
 
     def visit_Try(self, node: ast.Try) -> ast.stmt | list[ast.stmt]:
         self.generic_visit(node)
+        if node.handlers and all(_only_raises(statement) for statement in node.handlers[-1].body):
+            node.handlers.pop()
         if not node.handlers and all(isinstance(statement, ast.Pass) for statement in node.finalbody):
             return _in_place_of(node, node.body)
         return node
@@ -562,6 +564,10 @@ def _does_nothing(item: ast.withitem) -> bool:
         and not called.args
         and item.optional_vars is None
     )
+
+
+def _only_raises(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Pass) or (isinstance(statement, ast.Raise) and statement.exc is None)
 
 
 def _leaves(body: list[ast.stmt]) -> bool:

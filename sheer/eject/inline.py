@@ -13,7 +13,7 @@ from sheer.eject.scope import assignments, bound_in, default_of, fresh, paramete
 from sheer.eject.source import Notes, notes_of, with_notes
 
 KEPT = frozenset(
-    {"evaluate", "plain_shard", "repeated_blocks", "plain_check_on_ranks", "differ_in_random_numbers"}
+    {"evaluate", "plain_shard", "repeated_blocks", "plain_check_on_ranks", "plain_prune", "differ_in_random_numbers"}
 )  # functions that a reader looks for
 
 

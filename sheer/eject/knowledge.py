@@ -179,7 +179,7 @@ def knowledge_of(
         {name: twin for name, twin in TWINS.items() if plain_metrics or name != "Metrics"}
         | (twins_together(facts, facts.parallel) if facts.parallel is not None else {})
         | batch_twins(facts)
-        | ({} if facts.has_hparams or "media" in facts.uses else {"TensorBoard": "PlainTensorBoard"})
+        | ({"TensorBoard": "PlainTensorBoard"} if facts.plain_board else {})
         | data_twins(facts),
         Needless(frozenset(calls), frozenset({"_Place"}), INPUT_ERRORS, frozenset({"torch.OutOfMemoryError"})),
         settings,

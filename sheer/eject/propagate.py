@@ -305,3 +305,25 @@ def _passes_something(program: Program, function: ast.FunctionDef, call: ast.Cal
     if caller is None or not isinstance(value, ast.Name):
         return False
     return value.id in known_locals(caller, program, Known()).present
+
+
+def type_parameters(program: Program) -> None:
+    """Say of which class of the library a parameter is, where all calls pass a parameter of their own that is."""
+    all_calls = program.all_calls()
+    callers = {id(n): f for f in program.functions() for n in walk(f.body) if isinstance(n, ast.Call)}
+    for name, node in program.nodes.items():
+        calls = all_calls.get(name, [])
+        if not isinstance(node, ast.FunctionDef) or not calls:
+            continue
+        for parameter in parameters(node):
+            if parameter.annotation is None or ast.unparse(parameter.annotation) != "Any":
+                continue
+            kinds = set()
+            for call in calls:
+                value = (arguments_of(call, node) or {}).get(parameter.arg)
+                typed = {p.arg: p.annotation for p in parameters(callers[id(call)])}
+                kind = typed.get(value.id) if isinstance(value, ast.Name) else None
+                kinds.add(dotted(kind) if kind is not None else None)
+            name_of_kind = kinds.pop() if len(kinds) == 1 else None
+            if name_of_kind is not None and isinstance(program.nodes.get(name_of_kind), ast.ClassDef):
+                parameter.annotation = ast.Name(name_of_kind, ast.Load())

@@ -7,13 +7,20 @@ from collections.abc import Sequence
 
 from sheer.eject.blocks import inline_blocks
 from sheer.eject.bundle import bundle
-from sheer.eject.constants import bind_methods, drop_idle_methods, fold_attributes
+from sheer.eject.constants import bind_methods, drop_idle_methods, fold_attributes, pass_fields
 from sheer.eject.drop import Needless, drop
 from sheer.eject.fold import Known
 from sheer.eject.inline import inline_expressions, inline_procedures
 from sheer.eject.normalise import normalise
 from sheer.eject.program import Program
-from sheer.eject.propagate import bind_parameters, fold_all, merge_parameters, narrow_parameters, unused_parameters
+from sheer.eject.propagate import (
+    bind_parameters,
+    fold_all,
+    merge_parameters,
+    narrow_parameters,
+    type_parameters,
+    unused_parameters,
+)
 from sheer.eject.records import explode
 from sheer.eject.tidy import (
     drop_constants,
@@ -75,6 +82,8 @@ def specialise(
         inline_expressions(program)
         while inline_procedures(program, MOST_INLINED, records) or inline_blocks(program):
             pass
+        type_parameters(program)
+        pass_fields(program, records, kept)
         for record in records:
             explode(program, record)
         trim_locals(program)

@@ -150,6 +150,8 @@ def _is_asked(program: Program, name: str) -> bool:
 
 
 def _is_unread(part: ast.stmt, used: Set[str], asked: bool) -> bool:
+    if isinstance(part, ast.FunctionDef) and part.name == "__init__" and len(part.args.args) == 1:
+        return all(isinstance(statement, ast.Pass) for statement in part.body)
     if isinstance(part, ast.FunctionDef) and part.name == "__bool__":
         return not asked
     if isinstance(part, ast.FunctionDef):

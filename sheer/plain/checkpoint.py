@@ -22,7 +22,7 @@ from sheer.distributed.mesh import Ranks
 
 
 def plain_write(
-    directory: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
+    directory: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Any, run_id: str, metrics: Any
 ) -> Path:
     """Write a checkpoint; it counts once its manifest, which has the size and hash of every file, is renamed into place."""
     name = f"step-{step:08d}"
@@ -36,8 +36,8 @@ def plain_write(
     for file in sorted(path.iterdir()):
         plain_sync(file)
         files[file.name] = {"size": file.stat().st_size, "sha256": plain_hash(file)}
-    manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, **facts}
-    manifest |= {"leads": [0], "files": files}
+    manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, "run_id": run_id}
+    manifest |= {"metrics": metrics, "settings": {}, "leads": [0], "files": files}
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     (path / "manifest.tmp").write_text(json.dumps(manifest, indent=1))
     plain_sync(path / "manifest.tmp")
@@ -108,9 +108,8 @@ def plain_prune(
 ) -> None:
     """Point `last` and `best` at the newest and the best checkpoint, and delete what does not stay."""
     found = plain_committed(directory)
-    saves = {
-        manifest["step"]: path for path, manifest in found.items() if manifest["step"] <= step
-    }  # the newest of each
+    # The newest of each step; what is left of later ones will be made again.
+    saves = {manifest["step"]: path for path, manifest in found.items() if manifest["step"] <= step}
     values = {path: found[path]["metrics"].get(monitor) for path in saves.values()}
     sign = 1.0 if mode == "min" else -1.0
     rated = sorted((sign * value, path) for path, value in values.items() if isinstance(value, (int, float)))

@@ -125,13 +125,14 @@ class PlainTensorBoard:
 
     def __init__(self, folder: str = "tensorboard") -> None:
         self.folder = folder
-        self.is_first = True
 
     def start(self, info: RunInfo) -> None:
-        """Open a new event file; the first of a process hides what others in the folder hold of steps that will be made again."""
-        purge_step = info.start_step + 1 if self.is_first else None
-        self.writer = SummaryWriter(str(info.run_dir / self.folder), purge_step=purge_step, flush_secs=10)
-        self.is_first = False
+        """Open a new event file; what others in the folder hold of steps that will be made again is hidden."""
+        self.writer = SummaryWriter(str(info.run_dir / self.folder), purge_step=info.start_step + 1, flush_secs=10)
+
+    def start_again(self, run_dir: Path) -> None:
+        """Open a new event file for what is measured after the run."""
+        self.writer = SummaryWriter(str(run_dir / self.folder), flush_secs=10)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a scalar for each metric."""

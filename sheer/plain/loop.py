@@ -180,8 +180,7 @@ def plain_save(cfg: Settings, run: Run) -> Path:
     if averages is not None:
         groups["training"] = trained  # "model" holds the averages, which are what is used
     measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
-    facts = {"run_id": run.info.run_id, "metrics": encode(measured, {}), "settings": dict(run.info.settings)}
-    path = plain_write(run.checkpoints, run.progress.step, groups, state, facts)
+    path = plain_write(run.checkpoints, run.progress.step, groups, state, run.info.run_id, encode(measured, {}))
     if cfg.checkpoint is not None:
         plain_prune(
             run.checkpoints,

@@ -222,7 +222,7 @@ def save(folder: Path, step: int, loss: float) -> Path:
 
 
 def plain_saved(folder: Path, step: int, loss: float) -> Path:
-    path = plain_write(folder, step, {"model": {"w": torch.tensor([float(step)])}}, [step], facts_of(loss))
+    path = plain_write(folder, step, {"model": {"w": torch.tensor([float(step)])}}, [step], "r", {"l": loss})
     plain_prune(folder, step, keep_last=2, keep_best=1, every=5, monitor="l", mode="min")
     return path
 
