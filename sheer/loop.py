@@ -283,9 +283,9 @@ def validate(cfg: Settings, run: Run, validation: Evaluation) -> str | None:
     return first_of(run.ranks, stop)
 
 
-def report(run: Run, metrics: dict[str, float]) -> None:
+def report(run: Run, measured: dict[str, float]) -> None:
     """Hand metrics to the loggers and the console."""
-    record = {"epoch": run.progress.epoch, **metrics}
+    record = {"epoch": run.progress.epoch, **measured}
     run.loggers.log(run.progress.step, record)
     run.console.log(run.progress.step, record)
     run.progress.saved_at = -1

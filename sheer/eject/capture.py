@@ -244,6 +244,7 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
     from sheer.build import takes_step_number
     from sheer.data.choose import make_source
     from sheer.events import named
+    from sheer.run import tensors_of
 
     model, loader, val_loader = (arguments.get(name) for name in ("model", "train_loader", "val_loader"))
     optimizers = list(arguments.get("optimizers", {"optimizer": arguments.get("optimizer")}).values())
@@ -293,6 +294,7 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
         is_training=model is not None and model.training,
         has_hparams=trainer.plugins.hparams is not None,
         parallel=parallel_of(trainer.settings.parallel),
+        has_extra=model is None or len(tensors_of(model)) != len(model.state_dict()),
         has_buffers=model is not None and any(True for _ in model.buffers()),
         stops_alone=next((type(c).__name__ for c in callbacks if may_stop(getattr(c, "on_step_end", None))), ""),
         refused_on_ranks=refused_on_ranks(model, evaluated, arguments.get("parallelize")),

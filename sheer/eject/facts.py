@@ -58,6 +58,7 @@ class Facts:
     numbered: tuple[str, ...] = ()  # of step and eval_step those that take the step's number
     has_hparams: bool = False
     has_buffers: bool = True  # whether the model has any, which ranks make the same before they are used
+    has_extra: bool = True  # whether the state of the model has more than tensors
     skips: bool = False  # whether resume_by_skipping was set
     is_abstract: bool = False  # whether some of the model is on the meta device
     is_training: bool = False  # whether the model is in train mode

@@ -207,6 +207,8 @@ class _Folder(ast.NodeTransformer):
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
         self.generic_visit(node)
         decides = isinstance(node.op, ast.Or)
+        flat = [part for value in node.values for part in _operands(value, type(node.op))]
+        node.values = flat
         values: list[ast.expr] = []
         for index, value in enumerate(node.values):
             known = truth(self.known.value_of(value))
@@ -564,6 +566,11 @@ def _does_nothing(item: ast.withitem) -> bool:
         and not called.args
         and item.optional_vars is None
     )
+
+
+def _operands(value: ast.expr, kind: type[ast.boolop]) -> list[ast.expr]:
+    """Return the operands of `a or b` inside of `... or c`."""
+    return value.values if isinstance(value, ast.BoolOp) and isinstance(value.op, kind) else [value]
 
 
 def _only_raises(statement: ast.stmt) -> bool:

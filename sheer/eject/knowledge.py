@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sheer.eject.drop import Needless
-from sheer.eject.facts import Facts
+from sheer.eject.facts import Facts, Plugin
 from sheer.eject.fold import Known, parsed
 from sheer.eject.ranks import (
     ALONE,
@@ -53,7 +53,6 @@ TWINS = {
     "read_manifest": "plain_manifest",
     "stored_in": "plain_stored",
     "read_shared_state": "plain_state",
-    "load_model": "plain_load_model",
     "load_weights": "plain_load_weights",
     "optimizer_state": "plain_optimizer_state",
     "check_weights": "plain_check_weights",
@@ -179,6 +178,7 @@ def knowledge_of(
         {name: twin for name, twin in TWINS.items() if plain_metrics or name != "Metrics"}
         | (twins_together(facts, facts.parallel) if facts.parallel is not None else {})
         | batch_twins(facts)
+        | {"load_model": "plain_load_model" if facts.has_extra else "plain_load_tensors"}
         | ({"TensorBoard": "PlainTensorBoard"} if facts.plain_board else {})
         | data_twins(facts),
         Needless(frozenset(calls), frozenset({"_Place"}), INPUT_ERRORS, frozenset({"torch.OutOfMemoryError"})),
@@ -259,6 +259,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "events_of": lambda call: parsed(f"Events({shown})"),
         "holds_means": lambda call: None if "Mean" in facts.uses else ast.Constant(False),
         "named": lambda call: named_of(facts, call.args[0]),
+        "taking_back": lambda call: named_of(facts, call.args[0], [c for c in facts.loggers if facts.reopens(c)]),
         "as_mapping": lambda call: None if facts.has_hparams else parsed("{}"),
         "choose_run_dir": lambda call: chosen_folder(facts),
         "find_checkpoint": lambda call: found_checkpoint(facts, call),
@@ -272,10 +273,14 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         ),
         "console_of": lambda call: ast.Constant(None),
         "run.loggers.log": lambda call: ast.Call(parsed("plain_log"), [parsed("run"), *call.args], []),
-        "run.console.log": lambda call: ast.Call(parsed("plain_console_log"), [call.args[0], parsed("metrics")], []),
+        "run.console.log": lambda call: ast.Call(parsed("plain_console_log"), [call.args[0], parsed("measured")], []),
         "run.loggers.state_dict": lambda call: parsed("plain_logger_states(run)"),
         "run.loggers.load_state_dict": lambda call: ast.Call(
             parsed("plain_load_loggers"), [parsed("run"), *call.args], []
+        ),
+        "run.progress.state_dict": lambda call: parsed("dataclasses.asdict(run.progress)"),
+        "plain_encode": lambda call: (
+            call.args[0] if isinstance(call.args[0], ast.Dict) and not call.args[0].keys else None
         ),
         "Watch": lambda call: parsed("[]"),
         "PlainWatched": lambda call: parsed("[]"),
@@ -292,6 +297,9 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "averaging_of": lambda call: parsed(next((marked(c.label) for c in facts.callbacks if c.averages), "None")),
     }
     answers |= ANSWERS_ALONE if facts.parallel is None else answers_together(facts, facts.parallel)
+    if not facts.has_extra:
+        answers["plain_extra"] = lambda call: parsed("{}")
+        answers["tensors_of"] = lambda call: ast.Call(ast.Attribute(call.args[0], "state_dict", ast.Load()), [], [])
     if facts.kind == "start":
         answers["build_optimizer"] = lambda call: made_or_given(facts, "optimizer", call.args[1], call.args[:1])
         answers["build_scheduler"] = lambda call: made_or_given(facts, "scheduler", call.args[0], call.args[1:])
@@ -338,11 +346,15 @@ def built(made: ast.expr, arguments: list[ast.expr]) -> ast.expr | None:
     return made if name in ("optimizer", "scheduler") else None
 
 
-def named_of(facts: Facts, plugins: ast.expr) -> ast.expr | None:
-    """Return callbacks or loggers that have a state, by the names that it is saved under; None where they are not written out."""
+def named_of(facts: Facts, plugins: ast.expr, but: Sequence[Plugin] = ()) -> ast.expr | None:
+    """Return callbacks or loggers that have a state, by the names that it is saved under; None where they are not written out.
+
+    `but` are those that need none.
+    """
     if not isinstance(plugins, ast.Tuple):
         return None
-    there = {marked(plugin.label): plugin for plugin in (*facts.callbacks, *facts.loggers) if plugin.has_state}
+    stateful = [plugin for plugin in (*facts.callbacks, *facts.loggers) if plugin.has_state and plugin not in but]
+    there = {marked(plugin.label): plugin for plugin in stateful}
     labels = [re.sub(r"_\d+$", "", item.id) if isinstance(item, ast.Name) else "" for item in plugins.elts]
     kept = [(there[label].state_name, item) for label, item in zip(labels, plugins.elts, strict=True) if label in there]
     return ast.Dict([ast.Constant(name) for name, _ in kept], [item for _, item in kept])

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from sheer.eject.fold import dotted, is_constant
 from sheer.eject.program import BUILTINS, Program, arguments_of
-from sheer.eject.scope import assignments, bound_in, parameters, reads, renamed, substituted, walk
+from sheer.eject.records import fields_of
+from sheer.eject.scope import assignments, bodies_of, bound_in, parameters, reads, renamed, substituted, walk
 from sheer.eject.source import notes_of, with_notes
 
 
@@ -27,15 +28,10 @@ def tidy_names(program: Program) -> None:
 def use_directly(program: Program) -> None:
     """Put numbers that are computed once and used once, in the same run of statements, where they are used."""
     for function in program.functions():
-        for body in _bodies(function):
+        for body in bodies_of(function):
             for index, statement in enumerate(body):
                 if _is_computed_once(statement, function) and _moved(body, index, function):
                     break
-
-
-def _bodies(function: ast.FunctionDef) -> list[list[ast.stmt]]:
-    found = [getattr(node, field, None) for node in walk([function]) for field in ("body", "orelse", "finalbody")]
-    return [body for body in found if isinstance(body, list)]
 
 
 def _is_computed_once(statement: ast.stmt, function: ast.FunctionDef) -> bool:
@@ -76,7 +72,7 @@ def _moved(body: list[ast.stmt], index: int, function: ast.FunctionDef) -> bool:
 def pass_directly(program: Program) -> None:
     """Write a value that the next statement passes on, and nothing else uses, where it is passed."""
     for function in program.functions():
-        for body in _bodies(function):
+        for body in bodies_of(function):
             for index in range(len(body) - 2, -1, -1):
                 statement, following = body[index], body[index + 1]
                 if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
@@ -95,7 +91,7 @@ def pass_directly(program: Program) -> None:
 def use_numbered_directly(program: Program) -> None:
     """Put a value whose name exists only because something was taken apart where it is used, if that is the next statement."""
     for function in program.functions():
-        for body in _bodies(function):
+        for body in bodies_of(function):
             for index in range(len(body) - 2, -1, -1):
                 statement, following = body[index], body[index + 1]
                 if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
@@ -171,7 +167,7 @@ def _evaluated(node: ast.expr) -> Iterator[ast.expr]:
 def merge_zeros(program: Program) -> None:
     """Write `a = b = 0` for two such statements in a row."""
     for function in program.functions():
-        for body in _bodies(function):
+        for body in bodies_of(function):
             for index in range(len(body) - 2, -1, -1):
                 one, other = body[index], body[index + 1]
                 if (
@@ -223,7 +219,7 @@ class _Asked(ast.NodeTransformer):
 def drop_constants(program: Program) -> None:
     """Leave out statements that are only a constant, but for docstrings."""
     for function in program.functions():
-        for body in _bodies(function):
+        for body in bodies_of(function):
             if body:
                 kept = [s for i, s in enumerate(body) if not _is_idle_constant(s, body is function.body and i == 0)]
                 body[:] = kept or [ast.Pass()]
@@ -253,3 +249,29 @@ def pass_by_the_same_name(program: Program) -> None:
             if new.isidentifier() and new not in taken and new not in BUILTINS and parameter.arg not in keywords:
                 function.body = renamed(function.body, {parameter.arg: new})
                 parameter.arg = new
+
+
+def part_long_returns(program: Program) -> None:
+    """Write `if a: return x` and `return y` for a conditional expression that takes more than a line."""
+    for function in program.functions():
+        for body in bodies_of(function):
+            value = body[-1].value if body and isinstance(body[-1], ast.Return) else None
+            if isinstance(value, ast.IfExp) and len(ast.unparse(value)) > 100:
+                first = with_notes(ast.If(value.test, [ast.Return(value.body)], []), notes_of(body[-1]))
+                body[-1:] = [first, ast.Return(value.orelse)]
+
+
+def pass_in_order(program: Program) -> None:
+    """Make an object of a dataclass by position where that takes one line instead of many, and each value tells its field."""
+    records = {
+        n.name: list(fields_of(n)) for n in program.nodes.values() if isinstance(n, ast.ClassDef) and fields_of(n)
+    }
+    for function in program.functions():
+        for call in [node for node in walk(function.body) if isinstance(node, ast.Call)]:
+            fields = records.get(dotted(call.func) or "", [])
+            values = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
+            in_order = [values[name] for name in fields if name in values]
+            given = fields[: len(in_order)] == [name for name in fields if name in values] and not call.args
+            line = ast.Call(call.func, in_order, [])
+            if given and len(ast.unparse(call)) > 100 > len(ast.unparse(line)):
+                call.args, call.keywords = in_order, []

@@ -126,9 +126,11 @@ def _attributes_reached(program: Program, kept: Set[str]) -> set[str]:
     used = set(kept)
     while waiting:
         for node in ast.walk(waiting.pop()):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                used.add(node.attr)
-                waiting += methods.pop(node.attr, [])
+            name = node.attr if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) else ""
+            name = "close" if isinstance(node, ast.Name) and node.id == "closing" else name
+            if name:
+                used.add(name)
+                waiting += methods.pop(name, [])
     return used
 
 

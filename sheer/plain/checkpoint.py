@@ -22,12 +22,12 @@ from sheer.distributed.mesh import Ranks
 
 
 def plain_write(
-    directory: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Any, run_id: str, metrics: Any
+    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Any, run_id: str, measured: Any
 ) -> Path:
     """Write a checkpoint; it counts once its manifest, which has the size and hash of every file, is renamed into place."""
     name = f"step-{step:08d}"
-    numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in directory.glob(f"{name}*")]
-    path = directory / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
+    numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in folder.glob(f"{name}*")]
+    path = folder / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
     path.mkdir(parents=True)
     for name, group in groups.items():
         plain_write_tensors(path / f"{name}.safetensors", group)
@@ -37,7 +37,7 @@ def plain_write(
         plain_sync(file)
         files[file.name] = {"size": file.stat().st_size, "sha256": plain_hash(file)}
     manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, "run_id": run_id}
-    manifest |= {"metrics": metrics, "settings": {}, "leads": [0], "files": files}
+    manifest |= {"metrics": measured, "settings": {}, "leads": [0], "files": files}
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     (path / "manifest.tmp").write_text(json.dumps(manifest, indent=1))
     plain_sync(path / "manifest.tmp")
@@ -99,8 +99,7 @@ def plain_state(path: Path, manifest: Any) -> Any:
     state = json.loads((path / "state.json").read_text())
     if state["progress"].get("owes_validation"):
         raise RuntimeError(f"{path} was saved in a validation, which only Sheer goes on with.")
-    optimizers = plain_decode(state.pop("optimizers"), load_file(path / "optimizer.safetensors"))
-    return {**plain_decode(state, load_file(path / "state.safetensors")), "optimizers": optimizers}
+    return plain_decode(state, {**load_file(path / "optimizer.safetensors"), **load_file(path / "state.safetensors")})
 
 
 def plain_prune(
@@ -131,6 +130,11 @@ def plain_load_model(model: nn.Module, stored: Mapping[str, Tensor], extra: dict
     model.load_state_dict({**stored, **extra})
 
 
+def plain_load_tensors(model: nn.Module, stored: Mapping[str, Tensor], extra: dict[str, Any], source: Path) -> None:
+    """Load weights by name, of a model whose state is tensors alone."""
+    model.load_state_dict(stored)
+
+
 def plain_load_weights(model: nn.Module, source: str | Path, which: str = "best") -> Path:
     """Load the weights of a run, a checkpoint, or a safetensors file into a model, and return where they are from."""
     path = Path(source)
@@ -141,9 +145,9 @@ def plain_load_weights(model: nn.Module, source: str | Path, which: str = "best"
 
 def plain_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return the state of each parameter, and the groups, both by name."""
-    names, state = names_of(optimizer, model), optimizer.state_dict()
-    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
-    return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
+    names, held = names_of(optimizer, model), optimizer.state_dict()
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in held["param_groups"]]
+    return {"state": {names[index]: values for index, values in held["state"].items()}, "groups": groups}
 
 
 def plain_check_weights(model: nn.Module, step: int, ranks: Ranks | None) -> None:

@@ -59,9 +59,14 @@ def plain_logger_states(run: Run) -> dict[str, Any]:
 def plain_load_loggers(run: Run, states: Mapping[str, Any]) -> None:
     """Cut metrics.jsonl back to where it was, and give the loggers their states."""
     os.truncate(run.info.run_dir / "metrics.jsonl", states["JSONL"]["size"])
-    for name, logger in named(run.loggers.members).items():
+    for name, logger in taking_back(run.loggers.members).items():
         if name in states:
             logger.load_state_dict(states[name])
+
+
+def taking_back(loggers: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the loggers that are given back their state when a run goes on, by its name."""
+    return named(loggers)
 
 
 @contextmanager
@@ -147,9 +152,6 @@ class PlainTensorBoard:
         """Write what is left, since a run that goes on from here will not write it again."""
         self.writer.flush()
         return {"run": None}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing: a script has one run, and hides, at its start, what was written after the checkpoint."""
 
 
 def plain_leave(run: Run, signals: PlainStopSignals) -> None:

@@ -171,10 +171,9 @@ def plain_save(cfg: Settings, run: Run) -> Path:
         run.watch.check(run.ranks)
         check_weights(run.model, run.progress.step, run.ranks)
     own, held = dict[str, Tensor](), dict[str, Tensor]()
-    extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
     optimizers = {name: optimizer_state(optimizer, run.model) for name, optimizer in run.optimizers.items()}
     state = encode({**own_state_of(run), **state_of(run)}, own)
-    state |= {"optimizers": encode(optimizers, held), "extra": encode(extra, own, "extra")}
+    state |= {"optimizers": encode(optimizers, held), "extra": encode(plain_extra(run.model), own, "extra")}
     trained, averages = tensors_of(run.model), run.averaging.averages() if run.averaging is not None else None
     groups = {"model": {**trained, **(averages or {})}, "optimizer": held, "state": own}
     if averages is not None:
@@ -192,6 +191,11 @@ def plain_save(cfg: Settings, run: Run) -> Path:
             mode=cfg.monitor_mode,
         )
     return path
+
+
+def plain_extra(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's state holds besides tensors, by name."""
+    return {name: value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
 
 
 def plain_is_among_best(cfg: Settings, run: Run) -> bool:
