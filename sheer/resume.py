@@ -97,7 +97,7 @@ def forget_copies(run: Run, checkpoint: Path | None) -> None:
 
 
 def restore(cfg: Settings, run: Run, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers, for `open_data`.
+    """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers.
 
     Raises:
         RunError: the checkpoint is of another model, optimizer or scheduler, or there is nothing left to train.

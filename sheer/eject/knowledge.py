@@ -44,6 +44,7 @@ ERRORS = {"NonFiniteError": "FloatingPointError", "RunError": "RuntimeError", "S
 TWINS = {
     "Metrics": "PlainMetrics",
     "seed_everything": "plain_seed_everything",
+    "set_random_state": "plain_set_random_state",
     "eval_mode": "plain_eval_mode",
     "StopSignals": "PlainStopSignals",
     "Watch": "PlainWatched",
@@ -278,7 +279,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "run.loggers.load_state_dict": lambda call: ast.Call(
             parsed("plain_load_loggers"), [parsed("run"), *call.args], []
         ),
-        "run.progress.state_dict": lambda call: parsed("dataclasses.asdict(run.progress)"),
+        "run.progress.state_dict": lambda call: parsed("asdict(run.progress)"),
         "plain_encode": lambda call: (
             call.args[0] if isinstance(call.args[0], ast.Dict) and not call.args[0].keys else None
         ),

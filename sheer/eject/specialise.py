@@ -25,6 +25,7 @@ from sheer.eject.records import explode
 from sheer.eject.tidy import (
     drop_constants,
     make_flags,
+    merge_tests,
     merge_zeros,
     part_long_returns,
     pass_by_the_same_name,
@@ -34,7 +35,7 @@ from sheer.eject.tidy import (
     use_directly,
     use_numbered_directly,
 )
-from sheer.eject.trim import trim_classes, trim_locals
+from sheer.eject.trim import trim_classes, trim_locals, trim_results
 
 MOST_INLINED = 14  # statements of a function that is called once; longer ones stay functions
 
@@ -77,6 +78,7 @@ def specialise(
     use_numbered_directly(program)
     fold_all(program, known)
     merge_zeros(program)
+    merge_tests(program)
     tidy_names(program)
     pass_by_the_same_name(program)
     tidy_names(program)
@@ -115,6 +117,7 @@ def _settle(
         for record in records:
             explode(program, record)
         trim_locals(program)
+        trim_results(program)
         unused_parameters(program)
         merge_parameters(program)
         trim_classes(program, kept)

@@ -164,20 +164,38 @@ def _evaluated(node: ast.expr) -> Iterator[ast.expr]:
     yield node
 
 
+def _is_plain(statement: ast.Assign) -> bool:
+    return len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name) and is_constant(statement.value)
+
+
 def merge_zeros(program: Program) -> None:
-    """Write `a = b = 0` for two such statements in a row."""
+    """Write `a = b = 0` for two such statements in a row, and `a, b = 0, None`."""
     for function in program.functions():
         for body in bodies_of(function):
             for index in range(len(body) - 2, -1, -1):
                 one, other = body[index], body[index + 1]
-                if (
-                    isinstance(one, ast.Assign)
-                    and isinstance(other, ast.Assign)
-                    and is_constant(one.value, 0)
-                    and is_constant(other.value, 0)
-                ):
+                if not (isinstance(one, ast.Assign) and isinstance(other, ast.Assign)):
+                    continue
+                if is_constant(one.value, 0) and is_constant(other.value, 0):
                     one.targets += other.targets
                     del body[index + 1]
+                elif _is_plain(one) and _is_plain(other):
+                    pair = ast.Tuple([one.targets[0], other.targets[0]], ast.Store())
+                    one.targets, one.value = [pair], ast.Tuple([one.value, other.value], ast.Load())
+                    del body[index + 1]
+
+
+def merge_tests(program: Program) -> None:
+    """Write `if a and b` for a test that holds only another."""
+    for function in program.functions():
+        for node in [node for node in walk(function.body) if isinstance(node, ast.If)]:
+            while (
+                len(node.body) == 1 and isinstance(inner := node.body[0], ast.If) and not (inner.orelse or node.orelse)
+            ):
+                if isinstance(inner.test, ast.BoolOp) and isinstance(inner.test.op, ast.Or):
+                    break
+                node.test = ast.BoolOp(ast.And(), [node.test, inner.test])
+                node.body = inner.body
 
 
 def make_flags(program: Program) -> None:

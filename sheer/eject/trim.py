@@ -101,17 +101,46 @@ class _Unread(ast.NodeTransformer):
         return [] if is_idle(value) else with_notes(ast.Expr(value), notes_of(node))
 
 
+def trim_results(program: Program) -> None:
+    """Return nothing where no call uses what is returned in the end."""
+    alone = {id(n.value) for f in program.functions() for n in walk(f.body) if isinstance(n, ast.Expr)}
+    for name, calls in program.all_calls().items():
+        node = program.function(name)
+        if node is None or name in program.roots | program.answered or not calls or node.decorator_list:
+            continue
+        returned = [n for n in walk(node.body) if isinstance(n, ast.Return)]
+        last = node.body[-1]
+        if (
+            all(id(call) in alone for call in calls)
+            and returned == [last]
+            and isinstance(last, ast.Return)
+            and last.value
+        ):
+            node.body[-1:] = [] if is_idle(last.value) and len(node.body) > 1 else [ast.Expr(last.value)]
+            node.returns = ast.Constant(None)
+
+
 def trim_classes(program: Program, kept: Set[str]) -> None:
     """Leave out fields and methods whose names nothing reads; `kept` are names that the script reads."""
-    used = _attributes_reached(program, kept)
+    used_by_any = _attributes_reached(program, kept)
     for node in program.nodes.values():
         if isinstance(node, ast.ClassDef):
+            used = _read_of_results(program, kept) if node.name == "Result" else used_by_any
             asked = _is_asked(program, node.name)
             before = list(fields_of(node))
             node.body = [part for part in node.body if not _is_unread(part, used, asked)] or [ast.Pass()]
             _trim_constructions(program, node, before)
     for function in program.functions():
-        function.body = _UnreadAttributes(program, used).body(function.body) or [ast.Pass()]
+        function.body = _UnreadAttributes(program, used_by_any).body(function.body) or [ast.Pass()]
+
+
+def _read_of_results(program: Program, kept: Set[str]) -> set[str]:
+    """Return the fields that the script, or a function, reads of how the run ended."""
+    holders = [(function, holders_of(program, function, "Result")) for function in program.functions()]
+    nodes = [
+        n for f, names in holders for n in walk(f.body) if isinstance(n, ast.Attribute) and dotted(n.value) in names
+    ]
+    return set(kept) | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def _attributes_reached(program: Program, kept: Set[str]) -> set[str]:

@@ -29,13 +29,14 @@ def plain_write(
     numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in folder.glob(f"{name}*")]
     path = folder / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
     path.mkdir(parents=True)
-    for name, group in groups.items():
-        plain_write_tensors(path / f"{name}.safetensors", group)
+    for name in sorted(groups):
+        tensors = {key: value.cpu().clone().contiguous() for key, value in groups[name].items()}  # none shares memory
+        save_file(tensors, path / f"{name}.safetensors", {"format": "pt"})
     (path / "state.json").write_text(json.dumps(state))
     files = {}
     for file in sorted(path.iterdir()):
         plain_sync(file)
-        files[file.name] = {"size": file.stat().st_size, "sha256": plain_hash(file)}
+        files[file.name] = {"size": file.stat().st_size, "sha256": plain_sha256(file)}
     manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, "run_id": run_id}
     manifest |= {"metrics": measured, "settings": {}, "leads": [0], "files": files}
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
@@ -51,15 +52,10 @@ def plain_sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def plain_hash(path: Path) -> str:
+def plain_sha256(path: Path) -> str:
     """Return the hash of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def plain_write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors that share no memory."""
-    save_file({name: value.cpu().clone().contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
 
 
 def plain_committed(directory: Path) -> dict[Path, Any]:
@@ -72,7 +68,7 @@ def plain_newest_good(directory: Path) -> Path | None:
     found = plain_committed(directory)
     for path, manifest in reversed(found.items()):
         files = manifest["files"].items()
-        if all((path / name).is_file() and plain_hash(path / name) == file["sha256"] for name, file in files):
+        if all((path / name).is_file() and plain_sha256(path / name) == file["sha256"] for name, file in files):
             return path
     if found:
         raise RuntimeError(f"No checkpoint in {directory} is as it was written. To start anew, give another run_dir.")
@@ -96,10 +92,11 @@ def plain_stored(path: Path, manifest: Any, group: str) -> dict[str, Tensor]:
 
 def plain_state(path: Path, manifest: Any) -> Any:
     """Read all but the weights."""
-    state = json.loads((path / "state.json").read_text())
-    if state["progress"].get("owes_validation"):
+    read = json.loads((path / "state.json").read_text())
+    if read["progress"].get("owes_validation"):
         raise RuntimeError(f"{path} was saved in a validation, which only Sheer goes on with.")
-    return plain_decode(state, {**load_file(path / "optimizer.safetensors"), **load_file(path / "state.safetensors")})
+    tensors = {**load_file(path / "optimizer.safetensors"), **load_file(path / "state.safetensors")}
+    return plain_decode(read, tensors)
 
 
 def plain_prune(
@@ -145,16 +142,16 @@ def plain_load_weights(model: nn.Module, source: str | Path, which: str = "best"
 
 def plain_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return the state of each parameter, and the groups, both by name."""
-    names, held = names_of(optimizer, model), optimizer.state_dict()
-    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in held["param_groups"]]
-    return {"state": {names[index]: values for index, values in held["state"].items()}, "groups": groups}
+    names, kept = names_of(optimizer, model), optimizer.state_dict()
+    named_groups = [{**group, "params": [names[index] for index in group["params"]]} for group in kept["param_groups"]]
+    return {"state": {names[index]: values for index, values in kept["state"].items()}, "groups": named_groups}
 
 
 def plain_check_weights(model: nn.Module, step: int, ranks: Ranks | None) -> None:
     """Raise an error for a weight that became NaN or infinite though no loss has shown it yet."""
     for weight, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
-            raise FloatingPointError(f"{weight} became NaN or infinite by step {step}, which is not saved.")
+            raise FloatingPointError(f"{weight} is NaN or infinite after step {step}, which is not saved.")
 
 
 def plain_encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -163,15 +160,13 @@ def plain_encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
         case Tensor() | np.ndarray():
             tensors[path] = torch.as_tensor(value).detach()
             return {"$tensor": path}
+        case dict() if all(isinstance(key, str) for key in value):
+            return {key: plain_encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
         case dict():
-            items = {key: plain_encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
-            return (
-                items if all(isinstance(key, str) for key in items) else {"$dict": [[*pair] for pair in items.items()]}
-            )
-        case list():
-            return [plain_encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
-        case tuple():
-            return {"$tuple": plain_encode(list(value), tensors, path)}
+            return {"$dict": [[key, plain_encode(item, tensors, f"{path}/{key}")] for key, item in value.items()]}
+        case list() | tuple():
+            items = [plain_encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
+            return items if isinstance(value, list) else {"$tuple": items}
         case float() if not math.isfinite(value):
             return {"$float": repr(value)}
     return value

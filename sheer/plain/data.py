@@ -33,7 +33,8 @@ def shuffles(loader: DataLoader[Any]) -> bool:
 
 def plain_order(seed: int, epoch: int) -> torch.Generator:
     """Return what the order of an epoch is drawn from."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+    mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    return torch.Generator().manual_seed(mixed)
 
 
 def plain_epochs(loader: Any, device: torch.device) -> Iterator[tuple[Any, bool]]:

@@ -51,9 +51,10 @@ def plain_console_log(step: int, metrics: Mapping[str, float]) -> None:
 
 def plain_logger_states(run: Run) -> dict[str, Any]:
     """Return how long metrics.jsonl is, and the states of the loggers."""
-    size = (run.info.run_dir / "metrics.jsonl").stat().st_size
-    others = {name: logger.state_dict() for name, logger in named(run.loggers.members).items()}
-    return {"JSONL": {"run": run.info.run_id, "size": size}, **others}
+    return {
+        "JSONL": {"run": run.info.run_id, "size": (run.info.run_dir / "metrics.jsonl").stat().st_size},
+        **{name: logger.state_dict() for name, logger in named(run.loggers.members).items()},
+    }
 
 
 def plain_load_loggers(run: Run, states: Mapping[str, Any]) -> None:

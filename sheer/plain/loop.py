@@ -175,7 +175,7 @@ def plain_save(cfg: Settings, run: Run) -> Path:
     state = encode({**own_state_of(run), **state_of(run)}, own)
     state |= {"optimizers": encode(optimizers, held), "extra": encode(plain_extra(run.model), own, "extra")}
     trained, averages = tensors_of(run.model), run.averaging.averages() if run.averaging is not None else None
-    groups = {"model": {**trained, **(averages or {})}, "optimizer": held, "state": own}
+    groups = {"model": trained if averages is None else {**trained, **averages}, "optimizer": held, "state": own}
     if averages is not None:
         groups["training"] = trained  # "model" holds the averages, which are what is used
     measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}

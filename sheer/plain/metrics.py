@@ -93,8 +93,9 @@ def holds_means(saved: dict[str, Any]) -> bool:
 
 def plain_rows(saved: dict[str, Any]) -> list[Any]:
     """Return the values that a checkpoint holds, each with its weight."""
-    pairs = [pair for columns in saved["folded"] for pair in torch.stack(columns).T.tolist()]
-    return [(Mean(*pair), 1) for pair in pairs] if holds_means(saved) else pairs
+    if holds_means(saved):
+        return [(Mean(*pair), 1) for columns in saved["folded"] for pair in torch.stack(columns).T.tolist()]
+    return [pair for columns in saved["folded"] for pair in torch.stack(columns).T.tolist()]
 
 
 def plain_check(watched: list[tuple[int, str, Tensor]]) -> None:
