@@ -257,7 +257,7 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
     evaluated = [each for each in values_of(val_loader) if each is not None]
     evaluated += [each for part in (*more_loaders, *arguments.get("val_loaders", [])) for each in values_of(part)]
     loaders = [*values_of(loader), *evaluated] if loader is not None else evaluated
-    structures = {structure_of(each) for each in loaders} if not arguments.get("own_batches") else {""}
+    structures = {structure_of(each) for each in loaders}
     callbacks = list(trainer.plugins.callbacks)
     labels = labels_of([*callbacks, *trainer.plugins.loggers])
     state_names = {
@@ -301,6 +301,7 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
         plain_data=(plain_data := is_plain_data(loader, type(source).__name__, trainer.settings)),
         reads=tuple(reads_of(loader)) if plain_data else (),
         batch=structures.pop() if len(structures) == 1 else "",
+        own_batches=bool(arguments.get("own_batches")),
         returns="Mapping" if all(returns_mapping(s) for own in steps.values() for s in own if s is not None) else "",
         uses=("computed",) if keeps_metrics() else (),
         total_steps=total_steps(trainer, loader) if loader is not None else None,

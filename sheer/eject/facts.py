@@ -64,6 +64,7 @@ class Facts:
     is_training: bool = False  # whether the model is in train mode
     val_names: tuple[str, ...] | None = None  # of a dict of validation loaders
     batch: str = ""  # what a batch is: a "list", "tuple" or "dict" of tensors, a "tensor"; "" for all else
+    own_batches: bool = False  # whether a loop of one's own trains on other batches than the loader's
     reads: tuple[
         str, ...
     ] = ()  # of "shuffled", "workers", "persistent" and "together" what holds of a plain training loader

@@ -284,6 +284,9 @@ class _Folder(ast.NodeTransformer):
         items = elements(node.args[0]) if name == "len" and is_pure(node.args[0]) else None
         if items is not None:
             return ast.Constant(len(items))
+        if name == "sorted":
+            node.keywords = [k for k in node.keywords if not (k.arg == "reverse" and is_constant(k.value, False))]
+            return node if elements(node.args[0]) != [] else ast.List([], ast.Load())
         if name == "dict" and len(node.args) == 1 and isinstance(node.args[0], ast.Dict) and not node.keywords:
             return node.args[0]
         if name == "sum" and len(node.args) == 1 and isinstance(node.args[0], ast.List) and len(node.args[0].elts) == 1:
@@ -339,13 +342,21 @@ class _Folder(ast.NodeTransformer):
 
     def visit_List(self, node: ast.List) -> ast.expr:
         self.generic_visit(node)
+        return ast.List(self._spread(node.elts), node.ctx)
+
+    def visit_Set(self, node: ast.Set) -> ast.expr:
+        self.generic_visit(node)
+        return ast.Set(self._spread(node.elts))
+
+    def _spread(self, given: list[ast.expr]) -> list[ast.expr]:
+        """Return the items of a display, those of displays in it among them."""
         items: list[ast.expr] = []
-        for item in node.elts:
+        for item in given:
             inner = elements(item.value) if isinstance(item, ast.Starred) else None
             if isinstance(item, ast.Starred) and isinstance(item.value, ast.GeneratorExp):
                 inner = [] if elements(item.value.generators[0].iter) == [] else None
             items += [item] if inner is None else inner
-        return ast.List(items, node.ctx)
+        return items
 
     def visit_DictComp(self, node: ast.DictComp) -> ast.expr:
         rows = self._rows(node)

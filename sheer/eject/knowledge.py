@@ -209,7 +209,8 @@ def batch_twins(facts: Facts) -> dict[str, str]:
     """Return what moves and counts batches of the structure that the loader gives."""
     if not facts.batch or converts(facts):
         return {}
-    return {"move": f"moved_{facts.batch}", "count_samples": f"size_of_{facts.batch}"}
+    counts = {} if facts.own_batches else {"count_samples": f"size_of_{facts.batch}"}
+    return {"move": f"moved_{facts.batch}", **counts}
 
 
 def settings_of(facts: Facts, kept: Sequence[str]) -> tuple[dict[str, ast.expr], dict[str, Any]]:
@@ -283,6 +284,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "plain_encode": lambda call: (
             call.args[0] if isinstance(call.args[0], ast.Dict) and not call.args[0].keys else None
         ),
+        "StepBatch": lambda call: call.args[0] if call.args and isinstance(call.args[0], ast.List) else None,
         "Watch": lambda call: parsed("[]"),
         "PlainWatched": lambda call: parsed("[]"),
         "run.watch.add": watched,

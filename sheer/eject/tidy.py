@@ -60,6 +60,7 @@ def _moved(body: list[ast.stmt], index: int, function: ast.FunctionDef) -> bool:
         simple = isinstance(target, (ast.Assign, ast.Expr, ast.Return, ast.AugAssign))
         if (
             simple
+            and not isinstance(getattr(target, "value", None), (ast.List, ast.Tuple))
             and reads([target])[name]
             and not any(isinstance(n, (ast.ListComp, ast.DictComp)) for n in walk([target]))
         ):

@@ -12,6 +12,14 @@ from sheer.eject.records import fields_of, holders_of
 from sheer.eject.scope import own_reads, walk
 from sheer.eject.source import notes_of, with_notes
 
+INTERNAL = (
+    "Progress",
+    "PlainMetrics",
+    "PlainData",
+    "PlainDataOfWorkers",
+    "PlainSteps",
+)  # no script has an object of these
+
 
 def trim_locals(program: Program) -> None:
     """Leave out assignments to names that are never read; what is evaluated for them stays where it may do something."""
@@ -122,10 +130,11 @@ def trim_results(program: Program) -> None:
 
 def trim_classes(program: Program, kept: Set[str]) -> None:
     """Leave out fields and methods whose names nothing reads; `kept` are names that the script reads."""
-    used_by_any = _attributes_reached(program, kept)
+    used_by_any, own = _attributes_reached(program, kept), _attributes_reached(program, frozenset())
     for node in program.nodes.values():
         if isinstance(node, ast.ClassDef):
-            used = _read_of_results(program, kept) if node.name == "Result" else used_by_any
+            used = used_by_any - (kept - own if node.name in INTERNAL else set())
+            used = _read_of_results(program, kept) if node.name == "Result" else used
             asked = _is_asked(program, node.name)
             before = list(fields_of(node))
             node.body = [part for part in node.body if not _is_unread(part, used, asked)] or [ast.Pass()]
@@ -147,8 +156,18 @@ def _attributes_reached(program: Program, kept: Set[str]) -> set[str]:
     """Return the names of attributes that are read, in functions and in those methods that are themselves reached."""
     waiting: list[ast.AST] = [node for node in program.nodes.values() if not isinstance(node, ast.ClassDef)]
     methods: dict[str, list[ast.AST]] = {}
+    inside = {
+        id(part): frozenset(kept if node.name in INTERNAL else ())
+        for node in program.nodes.values()
+        if isinstance(node, ast.ClassDef)
+        for part in node.body
+    }
     for part in [part for node in program.nodes.values() if isinstance(node, ast.ClassDef) for part in node.body]:
-        if isinstance(part, ast.FunctionDef) and not part.name.startswith("__") and part.name not in kept:
+        if (
+            isinstance(part, ast.FunctionDef)
+            and not part.name.startswith("__")
+            and part.name not in kept - inside[id(part)]
+        ):
             methods.setdefault(part.name, []).append(part)
         else:
             waiting.append(part)

@@ -106,11 +106,12 @@ def plain_prune(
     found = plain_committed(directory)
     # The newest of each step; what is left of later ones will be made again.
     saves = {manifest["step"]: path for path, manifest in found.items() if manifest["step"] <= step}
-    values = {path: found[path]["metrics"].get(monitor) for path in saves.values()}
-    sign = 1.0 if mode == "min" else -1.0
-    rated = sorted((sign * value, path) for path, value in values.items() if isinstance(value, (int, float)))
-    best = [path for _, path in rated[:keep_best]]
-    staying = {*list(values)[-keep_last:], *best}
+    paths = list(saves.values())
+    values = {path: found[path]["metrics"].get(monitor) for path in paths}
+    rated = [path for path, value in values.items() if isinstance(value, (int, float))]
+    in_order = sorted(rated, key=values.__getitem__, reverse=mode == "max") if monitor is not None else []
+    best = in_order[:keep_best]  # of equals the older
+    staying = {*paths[-keep_last:], *best}
     if every is not None:
         staying |= {path for at, path in saves.items() if at % every == 0}
     for link, path in [("last", saves[step]), *(("best", path) for path in best[:1])]:

@@ -219,9 +219,14 @@ class PlainSteps:
     def steps(self, progress: Progress, restore_random: Callable[[], None] | None) -> Iterator[StepBatch]:
         """Yield the batches of step after step, from `progress` on."""
         batches = self.data.epochs(progress.epoch, progress.batch, restore_random)
-        for group, at_end in plain_grouped(batches, self.accumulate):
-            self.at_end = at_end
-            yield StepBatch(group)
+        if self.accumulate == 1:
+            for batch, at_end in batches:
+                self.at_end = at_end
+                yield StepBatch([(batch, count_samples(batch))])
+        else:
+            for group, at_end in plain_grouped(batches, self.accumulate):
+                self.at_end = at_end
+                yield StepBatch(group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""

@@ -116,7 +116,8 @@ class PlainLoop:
 
     def backward(self, step_function: Any, batch: Any, optimizer: Optimizer | None = None) -> Any:
         """Add the gradients of a step's loss to what the parameters hold; returns what the step returned."""
-        parts = batch if self.cfg.accumulate_grad_batches > 1 else StepBatch([(batch, count_samples(batch))])
+        samples = count_samples(batch) if self.cfg.accumulate_grad_batches == 1 else 0
+        parts = batch if self.cfg.accumulate_grad_batches > 1 else StepBatch([(batch, samples)])
         name = next((name for name, own in self.run.optimizers.items() if own is optimizer), None)
         prefix = f"{name}/" if name is not None and len(self.run.optimizers) > 1 else ""
         numbered = takes_step_number(step_function)
