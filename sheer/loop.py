@@ -20,6 +20,7 @@ from sheer.distributed.steps import evaluator_of
 from sheer.distributed.wrap import Parallelize
 from sheer.due import asked_for, duration_over, save_is_due, validation_is_due
 from sheer.evaluation import Evaluation, evaluate
+from sheer.events import end_anywhere, end_by_callbacks
 from sheer.garbage import collect_if_due
 from sheer.leaving import before_validation
 from sheer.loss import Step
@@ -329,13 +330,12 @@ def finish(cfg: Settings, run: Run, validation: Evaluation | None, saved: bool =
     """
     progress, events = run.progress, run.events
     goes_on = is_signal(progress.stopped_by)
-    if (events.validation_end or events.step_end or events.epoch_end) and not goes_on:
+    if end_by_callbacks(events) and not goes_on:
         if cfg.cuda_graph:
             settle_graphs(run)
         if run.metrics:
             log_training(cfg, run)
-        by_callback = events.step_end or events.epoch_end  # a duration ends a run behind a validation
-        if validation is not None and by_callback and progress.validated_at != progress.step:
+        if validation is not None and end_anywhere(events) and progress.validated_at != progress.step:
             validate(cfg, run, validation)
     if cfg.checkpoint is not None and not saved:
         save_and_tell(cfg, run, wait=True)

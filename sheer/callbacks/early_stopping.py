@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sheer.errors import SettingsError, SheerWarning
-from sheer.events import RunInfo
+from sheer.events import RunInfo, starts_anew
 
 
 class EarlyStopping:
@@ -57,7 +57,7 @@ class EarlyStopping:
             raise SettingsError(
                 f'EarlyStopping(monitor={metric!r}) does not follow the trainer\'s metric, so it must say which way is better: mode="min" or "max".'
             )
-        if info.start_step == 0:
+        if starts_anew(info):
             self._best, self._best_step, self._waited = math.inf, 0, 0
         self.follows, self._sign = metric, 1.0 if (self.mode or info.monitor_mode) == "min" else -1.0
 

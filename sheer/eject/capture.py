@@ -296,6 +296,11 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
         parallel=parallel_of(trainer.settings.parallel),
         has_extra=model is None or len(tensors_of(model)) != len(model.state_dict()),
         has_buffers=model is not None and any(True for _ in model.buffers()),
+        stops=tuple(
+            event
+            for event in ("validation_end", "step_end", "epoch_end")
+            if any(may_stop(getattr(callback, f"on_{event}", None)) for callback in callbacks)
+        ),
         stops_alone=next((type(c).__name__ for c in callbacks if may_stop(getattr(c, "on_step_end", None))), ""),
         refused_on_ranks=refused_on_ranks(model, evaluated, arguments.get("parallelize")),
         plain_data=(plain_data := is_plain_data(loader, type(source).__name__, trainer.settings)),

@@ -72,6 +72,9 @@ class Facts:
     returns: str = ""  # "Mapping" where the step is seen to return one
     uses: tuple[str, ...] = field(default=())  # of "Mean", "media" and "computed" what metrics may be
     parallel: dict[str, Any] | None = None  # how several ranks are used; None: the script is for one process
+    stops: tuple[
+        str, ...
+    ] = ()  # of "validation_end", "step_end" and "epoch_end" those by which a callback may end the run
     stops_alone: str = ""  # the class of a callback that may end the run by what it returns from on_step_end
     refused_on_ranks: str = ""  # what of the objects that were passed has no form on several ranks
     others: tuple[Other, ...] = ()
@@ -103,7 +106,7 @@ class Facts:
         values["others"] = tuple(
             Other(Span(*other["call"]), other["kind"], other["numbered"]) for other in values["others"]
         )
-        for name in ("none", "functions", "numbered", "reads", "uses", "arguments", "modules"):
+        for name in ("none", "functions", "numbered", "reads", "stops", "uses", "arguments", "modules"):
             values[name] = tuple(values[name])
         if values["val_names"] is not None:
             values["val_names"] = tuple(values["val_names"])

@@ -38,7 +38,6 @@ CHECKS = frozenset(
         "run.loggers.log_media",
     }
 )  # fmt: skip
-ERRORS = {"NonFiniteError": "FloatingPointError", "RunError": "RuntimeError", "SheerWarning": "UserWarning"}
 
 # Definitions, and what an ejected script gets in their place.
 TWINS = {
@@ -260,6 +259,9 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         ),
         "events_of": lambda call: parsed(f"Events({shown})"),
         "holds_means": lambda call: None if "Mean" in facts.uses else ast.Constant(False),
+        "end_by_callbacks": lambda call: ast.Constant(bool(facts.stops)),
+        "end_anywhere": lambda call: ast.Constant(bool({"step_end", "epoch_end"} & set(facts.stops))),
+        "starts_anew": lambda call: ast.Constant(False),  # no object of a script was in another run
         "named": lambda call: named_of(facts, call.args[0]),
         "taking_back": lambda call: named_of(facts, call.args[0], [c for c in facts.loggers if facts.reopens(c)]),
         "as_mapping": lambda call: None if facts.has_hparams else parsed("{}"),
@@ -375,8 +377,3 @@ def named_loaders_of(facts: Facts, call: ast.Call) -> ast.expr:
         return parsed(f"[('', {loaders})]")
     pairs = [f"({f'{name}/'!r}, {loaders}[{name!r}])" for name in facts.val_names]
     return parsed(f"[{', '.join(pairs)}]")
-
-
-def label_of(name: str) -> str:
-    """Return a class's name as that of a variable."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

@@ -109,7 +109,9 @@ def use_numbered_directly(program: Program) -> None:
                 elif once and isinstance(following, ast.Return) and ast.unparse(following.value or statement) == name:
                     body[index : index + 2] = [with_notes(ast.Return(statement.value), notes_of(statement))]
                 elif (
-                    once and (re.search(r"_\d+$", name) or _is_alternative(following)) and _comes_first(following, name)
+                    once
+                    and (re.search(r"_\d+$", name) or _is_alternative(following) or _is_short(statement, following))
+                    and _comes_first(following, name)
                 ):
                     swap = {name: statement.value}
                     body[index : index + 2] = [with_notes(substituted([following], swap)[0], notes_of(following))]
@@ -123,6 +125,11 @@ def _is_default(statement: ast.Assign, following: ast.stmt) -> bool:
     return (
         same and isinstance(following.value, ast.BoolOp) and reads([following])[ast.unparse(statement.targets[0])] == 1
     )
+
+
+def _is_short(statement: ast.Assign, following: ast.stmt) -> bool:
+    """Whether a value and what is made of it are read as one."""
+    return len(ast.unparse(statement.value)) + len(ast.unparse(following)) < 90 and notes_of(statement).behind is None
 
 
 def _value_of(statement: ast.stmt) -> ast.expr:

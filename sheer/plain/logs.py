@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from sheer.events import Events, RunInfo, named
-from sheer.metrics import Media
 from sheer.run import Run
 from sheer.signals import EXIT_STATUS
 
@@ -34,13 +33,6 @@ def plain_report(result: Any, metrics: Mapping[str, float]) -> None:
     """Append what was measured after a run to its metrics.jsonl."""
     with (result.run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": result.step, "time": round(time.time(), 3), **metrics}) + "\n")
-
-
-def plain_log_media(run: Run, step: int, media: Mapping[str, Media]) -> None:
-    """Hand pictures and texts to the loggers that show them."""
-    for logger in run.loggers.members:
-        if hasattr(logger, "log_media"):
-            logger.log_media(step, media)
 
 
 def plain_console_log(step: int, metrics: Mapping[str, float]) -> None:
