@@ -288,16 +288,14 @@ def part_long_returns(program: Program) -> None:
 
 
 def pass_in_order(program: Program) -> None:
-    """Make an object of a dataclass by position where that takes one line instead of many, and each value tells its field."""
-    records = {
-        n.name: list(fields_of(n)) for n in program.nodes.values() if isinstance(n, ast.ClassDef) and fields_of(n)
-    }
+    """Make an object of a dataclass by position where that takes one line instead of many: each value tells its field."""
+    records = {n.name: list(fields_of(n)) for n in program.nodes.values() if isinstance(n, ast.ClassDef)}
     for function in program.functions():
         for call in [node for node in walk(function.body) if isinstance(node, ast.Call)]:
             fields = records.get(dotted(call.func) or "", [])
-            values = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
-            in_order = [values[name] for name in fields if name in values]
-            given = fields[: len(in_order)] == [name for name in fields if name in values] and not call.args
-            line = ast.Call(call.func, in_order, [])
-            if given and len(ast.unparse(call)) > 100 > len(ast.unparse(line)):
-                call.args, call.keywords = in_order, []
+            values = {keyword.arg: keyword.value for keyword in call.keywords}
+            if call.args or not values or values.keys() - set(fields) or set(fields[: len(values)]) != values.keys():
+                continue
+            line = ast.Call(call.func, [values[name] for name in fields if name in values], [])
+            if len(ast.unparse(call)) > 100 > len(ast.unparse(line)):
+                call.args, call.keywords = line.args, []
