@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from sheer.eject.fold import dotted
+from sheer.eject.expressions import dotted
 from sheer.eject.inline import Site, without_docstring
 from sheer.eject.program import Program
 from sheer.eject.scope import walk

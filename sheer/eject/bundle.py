@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping, Set
 
-from sheer.eject.fold import dotted
+from sheer.eject.expressions import dotted
 from sheer.eject.program import Program, arguments_of, drop_parameter, free_names
 from sheer.eject.scope import assignments, bound_in, fresh, parameters, substituted, walk
 

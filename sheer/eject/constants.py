@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sheer.eject.fold import Known, dotted, fold, is_constant, is_pure
+from sheer.eject.expressions import dotted, is_constant, is_pure
+from sheer.eject.fold import Known, fold
 from sheer.eject.inline import without_docstring
 from sheer.eject.program import Program, arguments_of, drop_parameter, replace_argument, replace_parameter
 from sheer.eject.records import fields_of, holders_of

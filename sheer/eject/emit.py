@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 
-from sheer.eject.fold import is_constant
+from sheer.eject.expressions import is_constant
 from sheer.eject.program import BUILTINS, Program, Refusal, free_names
 from sheer.eject.scope import bound_in, walk
 from sheer.eject.source import Definition, imported, notes_of, unparse

@@ -6,8 +6,8 @@ import ast
 import copy
 from collections.abc import Sequence, Set
 
+from sheer.eject.expressions import dotted, is_constant
 from sheer.eject.facts import Facts, Other
-from sheer.eject.fold import dotted, is_constant
 from sheer.eject.knowledge import argument_name, data_twins, marked
 from sheer.eject.rewrite import Rewrite, is_literal
 from sheer.eject.scope import fresh, parameters, substituted, walk

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Mapping, Sequence
 
 from sheer.eject.drop import Needless, drop
-from sheer.eject.fold import dotted, is_constant, is_pure
+from sheer.eject.expressions import dotted, is_constant, is_pure
 from sheer.eject.program import BUILTINS, Program, arguments_of, functions_of, uses_in
 from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, substituted, walk
 from sheer.eject.source import Notes, notes_of, with_notes

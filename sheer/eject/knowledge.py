@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sheer.eject.drop import Needless
+from sheer.eject.expressions import parsed
 from sheer.eject.facts import Facts, Plugin
-from sheer.eject.fold import Known, parsed
+from sheer.eject.fold import Known
 from sheer.eject.ranks import (
     ALONE,
     ANSWERS_ALONE,

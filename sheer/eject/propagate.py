@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sheer.eject.fold import Known, dotted, fold, is_constant, is_pure, is_value_of_torch, parsed
+from sheer.eject.expressions import dotted, is_constant, is_pure, is_value_of_torch, parsed
+from sheer.eject.fold import Known, fold
 from sheer.eject.program import Program, arguments_of, drop_parameter, replace_argument, replace_parameter
 from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, reads, renamed, walk
 

@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sheer.eject.expressions import dotted, is_constant, parsed
 from sheer.eject.facts import Facts
-from sheer.eject.fold import dotted, is_constant, parsed
 from sheer.eject.script import Script
 from sheer.eject.source import Definition
 

@@ -6,7 +6,7 @@ import ast
 import copy
 from collections.abc import Set
 
-from sheer.eject.fold import dotted
+from sheer.eject.expressions import dotted
 from sheer.eject.program import Program, Refusal, arguments_of, replace_argument, replace_parameter
 from sheer.eject.scope import assignments, bound_in, fresh, parameters, substituted, walk
 

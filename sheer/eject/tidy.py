@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-from sheer.eject.fold import dotted, is_constant
+from sheer.eject.expressions import dotted, is_constant
 from sheer.eject.program import BUILTINS, Program, arguments_of
 from sheer.eject.records import fields_of
 from sheer.eject.scope import assignments, bodies_of, bound_in, parameters, reads, renamed, substituted, walk

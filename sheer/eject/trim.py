@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Set
 
-from sheer.eject.fold import dotted, is_idle, is_pure
+from sheer.eject.expressions import dotted, is_idle, is_pure
 from sheer.eject.program import Program
 from sheer.eject.records import fields_of, holders_of
 from sheer.eject.scope import own_reads, walk
