@@ -110,8 +110,8 @@ def use_numbered_directly(program: Program) -> None:
                     body[index : index + 2] = [with_notes(ast.Return(statement.value), notes_of(statement))]
                 elif (
                     once
-                    and (re.search(r"_\d+$", name) or _is_alternative(following) or _is_short(statement, following))
                     and _comes_first(following, name)
+                    and (re.search(r"_\d+$", name) or _is_alternative(following) or _is_short(statement, following))
                 ):
                     swap = {name: statement.value}
                     body[index : index + 2] = [with_notes(substituted([following], swap)[0], notes_of(following))]
@@ -129,7 +129,9 @@ def _is_default(statement: ast.Assign, following: ast.stmt) -> bool:
 
 def _is_short(statement: ast.Assign, following: ast.stmt) -> bool:
     """Whether a value and what is made of it are read as one."""
-    return len(ast.unparse(statement.value)) + len(ast.unparse(following)) < 90 and notes_of(statement).behind is None
+    targets = following.targets if isinstance(following, ast.Assign) else []
+    parts = [statement.value, *targets, getattr(following, "value", None) or statement.value]
+    return sum(len(ast.unparse(part)) for part in parts) < 85 and notes_of(statement).behind is None
 
 
 def _value_of(statement: ast.stmt) -> ast.expr:

@@ -22,7 +22,7 @@ def test_an_ejected_run_is_the_same_run(row: str, tmp_path: Path, monkeypatch: p
     original, made = tmp_path / "train.py", tmp_path / "train_torch.py"
     original.write_text(ROWS[row])
     text = eject(original).text
-    own = ("`sheer eject`", '{"sheer": plain(info.settings)')  # in the head of the file; what a run is called in W&B
+    own = ("`sheer eject`", '{"sheer": plain(settings)')  # in the head of the file; what a run is called in W&B
     assert "sheer" not in text.replace(own[0], "").replace(own[1], "")
     assert row not in LOADERS or ("class GlobalOrderSource" not in text and "def move(" not in text)
     made.write_text(text)
