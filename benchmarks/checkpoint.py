@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SAVES, EVERY = 6, 5
-Pause = float
+SAVES = int(os.environ.get("SAVES", "6"))
+EVERY = 5
 
 
 class Blocks(nn.Module):
@@ -214,6 +214,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--saves", type=int, default=SAVES)
+    parser.add_argument(
+        "--pause", type=float, default=3.0, help="between two saves, in seconds for each GB of the state"
+    )
     parser.add_argument("--one", nargs=3, metavar=("WAY", "SIZE", "PAUSE"))
     args = parser.parse_args()
     if args.one:
@@ -234,9 +238,14 @@ def main() -> None:
             flush=True,
         )
         for way in args.ways:
-            pause = 3.0 * size + 0.5  # a disk of 1 GB a second, three times
+            pause = args.pause * size + 0.5
             command = [sys.executable, __file__, "--device", args.device, "--folder", str(args.folder)]
-            done = subprocess.run([*command, "--one", way, str(size), str(pause)], capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "--one", way, str(size), str(pause)],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "SAVES": str(args.saves)},
+            )
             lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
             if not lines:
                 print(

@@ -233,6 +233,10 @@ WAYS: dict[str, Callable[[Workload, nn.Module, Batches, Clock], None]] = {
     "sheer, compile": lambda *a: sheer_fit(*a, compile=True),
     "sheer, cuda_graph": lambda *a: sheer_fit(*a, cuda_graph=True),
     "sheer, compile and cuda_graph": lambda *a: sheer_fit(*a, compile=True, cuda_graph=True),
+    "sheer, compile and float8": lambda *a: sheer_fit(*a, compile=True, precision="float8-mixed"),
+    "sheer, compile, cuda_graph and float8": lambda *a: sheer_fit(
+        *a, compile=True, cuda_graph=True, precision="float8-mixed"
+    ),
     "Lightning": lambda *a: lightning_fit(*a, compiled=False),
     "Lightning, compiled": lambda *a: lightning_fit(*a, compiled=True),
     "HF Trainer": lambda *a: hf_fit(*a, compiled=False),

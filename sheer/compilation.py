@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -40,10 +41,23 @@ class CallOf:
 
 
 class Compilations:
-    """Tells what was compiled again since it was made, or last asked."""
+    """Tells what was compiled again since it was made, or last asked, and tells the compiler for the time of a run what memory to use."""
 
     def __init__(self) -> None:
         self._seen = {code: len(reasons) for code, reasons in reasons_by_code().items()}
+        self.budget = 1.0
+        self._budget_before: float | None = None
+
+    def open(self) -> None:
+        """Let the compiler keep the budget: a share of its activations' memory; the rest it computes again in the backward pass."""
+        if self.budget < 1.0:
+            self._budget_before = set_memory_budget(self.budget)
+
+    def close(self) -> None:
+        """Give the compiler back what it was told before."""
+        if self._budget_before is not None:
+            set_memory_budget(self._budget_before)
+            self._budget_before = None
 
     def news(self) -> list[str]:
         """Return a sentence for each function that was compiled again, evaluations left out."""
@@ -57,6 +71,18 @@ class Compilations:
                     f"{code.co_qualname} was compiled again, {times_compiled(reasons)} times by now: {'; '.join(causes)}"
                 )
         return said
+
+
+def set_memory_budget(budget: float) -> float:
+    """Set the share of its activations' memory that what is compiled from now on keeps, and return what it was.
+
+    What was compiled before is forgotten: it would be used again. PyTorch explains the setting, but in a module with a private name; there
+    is no other way to it.
+    """
+    torch.compiler.reset()
+    config: Any = importlib.import_module("torch._functorch.config")
+    before, config.activation_memory_budget = float(config.activation_memory_budget), budget
+    return before
 
 
 def reasons_by_code() -> dict[CodeType, list[str]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FREE = frozenset(
     {
         "max_steps", "max_epochs", "max_time", "device", "log_every_n_steps", "validate_every_n_steps", "validate_first",
-        "limit_val_batches", "checkpoint", "run_dir", "resume", "detect_anomaly", "parallel",
+        "limit_val_batches", "checkpoint", "run_dir", "resume", "detect_anomaly", "parallel", "activation_memory_budget",
     }
 )  # fmt: skip
 

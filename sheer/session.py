@@ -43,6 +43,7 @@ class Session:
             self.run.agreement.start()
         self.run.loggers.start(self.run.info)
         self.run.console.open(self.run.progress, self.run.total_steps)
+        self.run.compilations.open()
         hold_collections()
         return self
 
@@ -67,7 +68,6 @@ class Session:
                 for callback in self.run.events.exception:
                     callback.on_exception(error)
         finally:  # a callback may fail, too
-            let_collections_go()
             self._close(error)
         if (
             error is not None
@@ -80,6 +80,7 @@ class Session:
         return False
 
     def _close(self, error: BaseException | None) -> None:
+        let_collections_go()
         self._end_saving(error)
         if self.run.agreement is not None:
             self.run.agreement.close()
@@ -87,6 +88,7 @@ class Session:
             self.run.data.source.close()
         if self.run.graphs is not None:
             self.run.graphs.close()
+        self.run.compilations.close()
         self.run.loggers.close()
         self.run.console.close()
         if not is_other_rank(self.run.ranks):

@@ -31,6 +31,29 @@ MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of compile: they capt
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compile:
+    """How to compile, where `compile=True` says too little."""
+
+    mode: CompileMode | None = None  # as `compile` takes it; None: as with True
+    activation_memory_budget: float = (
+        1.0  # the share of the activations' memory that is used, from 0.0 to 1.0; the rest is computed again
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_budget(self.activation_memory_budget)
+
+
+def check_budget(budget: float) -> None:
+    """Raise `SettingsError` for a budget that is no share."""
+    if not 0.0 <= budget <= 1.0:
+        raise SettingsError(
+            f"activation_memory_budget is a share of the memory that the activations take, from 0.0 (keep next to none) to 1.0 (keep "
+            f"all), not {budget!r}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """When a run is saved, and which saves are kept. It is always saved at its end and when it is told to stop."""
 
@@ -159,6 +182,7 @@ class Settings:
     compile: bool | CompileMode = (
         False  # torch.compile the model, and the step of a fit on one device; "blocks": its repeated blocks alone; else the mode
     )
+    activation_memory_budget: float = 1.0  # given as compile=Compile(activation_memory_budget=...)
     cuda_graph: bool = False  # replay each step as one CUDA graph: less time between kernels, for small models most
     autotune: bool = False  # before the run try compile, graphs, precisions, workers, ..., and take what is fastest
     gradient_clip_val: float | None = None  # clip gradients to this norm, or to this absolute value
@@ -209,9 +233,14 @@ class Settings:
                 raise SettingsError(f"{name} must be at least 0, not {value!r}.")
         if self.limit_train_batches is not None and not self.limit_train_batches:
             raise SettingsError("limit_train_batches=0 leaves nothing to train on; leave it out, or give at least 1.")
+        check_budget(self.activation_memory_budget)
         self._check_contradictions()
 
     def _check_contradictions(self) -> None:
+        if self.activation_memory_budget < 1.0 and not self.compile:
+            raise SettingsError(
+                f"activation_memory_budget={self.activation_memory_budget!r} is kept by the compiler, and compile=False. Set compile=True."
+            )
         if self.cuda_graph and self.compile in MODES_WITH_GRAPHS:
             raise SettingsError(
                 f'compile="{self.compile}" makes CUDA graphs of its own, of the model alone, and cuda_graph=True makes one of the whole step. '

@@ -194,6 +194,8 @@ def start_run(
         data=data,
         progress=progress,
     )
+    if cfg.activation_memory_budget < 1.0:
+        run.compilations.budget = cfg.activation_memory_budget
     if run.scaler is not None:
         run.progress.scale = run.scaler.get_scale()
     run.saver.open(run.info.run_id, run.info.start_step)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
+from torch.profiler import ProfilerActivity, profile
 
 import sheer
 from sheer.compilation import CallOf, Compilations, compile_model, in_words, reasons_by_code
@@ -137,3 +139,62 @@ def test_compiled_steps_compute_the_same() -> None:
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     assert CallOf(net)(torch.ones(2, 6)).shape == (2, 1)
+
+
+class Deep(nn.Module):
+    """Whose activations are cheap to compute again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(6))
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def computed(compile: Any) -> tuple[int, list[torch.Tensor]]:
+    """Train two steps; return how many times an activation was computed in the second, and the weights."""
+    torch.manual_seed(0)
+    net, seen = Deep(), profile(activities=[ProfilerActivity.CPU])
+    second = sheer.On(
+        step_start=lambda step, net, batch: seen.start() if step == 2 else None,
+        step_end=lambda step, net: seen.stop() if step == 2 else None,
+    )
+    trainer(max_steps=2, compile=compile, callbacks=[second]).fit(
+        net, loss_step, loader(), optimizer=SGD(net.parameters(), lr=0.1)
+    )
+    return sum(event.count for event in seen.key_averages() if event.key == "aten::tanh"), list(net.parameters())
+
+
+def test_with_a_memory_budget_activations_are_computed_again_and_it_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None: compiled(function, backend="aot_eager"))
+    config: Any = importlib.import_module("torch._functorch.config")
+    before = config.activation_memory_budget
+    torch.compiler.reset()
+    whole, weights = computed(True)
+    less, same = computed(sheer.Compile(activation_memory_budget=0.0))
+    again, _ = computed(sheer.Compile(mode="default"))
+    assert config.activation_memory_budget == before
+    assert (whole, less, again) == (6, 12, 6)
+    for one, other in zip(weights, same, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"compile": sheer.Compile, "activation_memory_budget": 1.5}, "not 1.5"),
+        ({"compile": sheer.Compile, "mode": "fast"}, 'mode must be one of "blocks"'),
+        ({"compile": sheer.Settings, "activation_memory_budget": 0.5}, "compile=False. Set compile=True"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(how: dict[str, Any], words: str) -> None:
+    make = how.pop("compile")
+    with pytest.raises(sheer.SettingsError, match=words):
+        make(**how)

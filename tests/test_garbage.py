@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -85,6 +86,19 @@ def test_the_collector_is_given_back_after_an_error_too() -> None:
     before = state()
     with pytest.raises(ValueError):
         fitted(Seen(), [0] * 8 + [None] * 4)
+    assert state() == before
+
+
+def test_the_collector_is_given_back_after_a_validation_that_was_left_too() -> None:
+    def leave(net: nn.Module, batch: Any) -> Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return littering(net, batch, 0)
+
+    before, net = state(), nn.Linear(3, 1)
+    with pytest.raises(SystemExit):
+        trainer(max_steps=4, validate_every_n_steps=2, checkpoint=True).fit(
+            net, littering, [0] * 4, [0] * 4, eval_step=leave, optimizer=SGD(net.parameters(), lr=0.1)
+        )
     assert state() == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +366,15 @@ def test_an_evaluation_that_stops_the_loop_and_averages_resume_exactly() -> None
         assert again_reason == reason
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Let Ctrl-C interrupt, which it does not in a process that was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_signals_are_caught_between_the_first_step_and_the_last_only() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
 

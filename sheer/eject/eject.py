@@ -126,6 +126,11 @@ def refuse(script: Script, facts: Facts) -> None:
             raise Refusal(
                 f"{what} in {file}, which would stay imported. Do it in {script.path}, or eject that file's script."
             )
+    if facts.settings["activation_memory_budget"] < 1.0:
+        raise Refusal(
+            f"{script.path}: compile=Compile(activation_memory_budget=...) has no form without the library yet. Eject with compile=True: the steps "
+            "are the same, and take more memory."
+        )
     if facts.settings["cuda_graph"]:
         raise Refusal(
             f"{script.path}: cuda_graph=True has no form without the library yet. Eject with cuda_graph=False: the steps are the same, but for "

@@ -93,7 +93,7 @@ class ChunkedLoss(torch.autograd.Function):
                 inputs, counts, own = hidden[part].to(dtype), counted[part, None], classes[part, None]
                 log_p = F.log_softmax(F.linear(inputs, cast_weight, cast_bias), dim=-1, dtype=wide)
                 own_log_p = log_p.gather(1, own)
-                total -= torch.where(counts, own_log_p, 0).sum()
+                total = total - torch.where(counts, own_log_p, 0).sum()  # in place, 2.11 compiles its gradient to 0
                 if not any(needed):
                     continue
                 # The gradient of the logits is p - 1 at the target, p elsewhere; tokens that do not count are masked where they are few.

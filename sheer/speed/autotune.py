@@ -28,6 +28,7 @@ from sheer.speed.ways import Way, can_be_fused, own_way, way_from
 FILE = "autotune.json"
 GAIN = 0.98  # of the time of the best so far: what is hardly faster is not kept
 SAME, ROUNDED, REDRAWN = 1e-3, 2e-2, 5e-2  # how far losses may be from those of the script's own way, relative
+BUDGETS = (0.8, 0.5)  # of the memory of activations: a good part of it costs next to no time, and half of it some
 Say = Callable[[str], None]
 
 
@@ -83,6 +84,7 @@ def find_way(call: Call, say: Say = print) -> Way:
         more_workers,
         lower_precisions,
         larger_parts,
+        recomputation,
     ):
         for way in candidates(call, best, base, device):
             best = better(call, best, way, base, device, say)
@@ -204,3 +206,14 @@ def larger_parts(call: Call, best: Trial, base: Way, device: torch.device) -> li
         return []
     sizes = [size * factor for factor in (2, 4) if size * factor < batch_size_of(call)]
     return [dataclasses.replace(best.way, micro_batch_size=larger) for larger in (*sizes, None)]
+
+
+def recomputation(call: Call, best: Trial, base: Way, device: torch.device) -> list[Way]:
+    """Return twice the micro-batch with less of what is computed kept for the backward pass, where the model is compiled."""
+    size, whole = best.way.micro_batch_size, batch_size_of(call)
+    if size is None or not best.way.compile or best.way.activation_memory_budget < 1.0:
+        return []
+    larger = size * 2 if size * 2 < whole else None
+    return [
+        dataclasses.replace(best.way, micro_batch_size=larger, activation_memory_budget=budget) for budget in BUDGETS
+    ]

@@ -24,7 +24,11 @@ def autotune_script(script: Path, arguments: Sequence[str], changes: Mapping[str
 def advice(way: Way, base: Way) -> str:
     """Say what to write for a way."""
     names = ("compile", "cuda_graph", "precision", "micro_batch_size")
-    trainer = ", ".join(f"{name}={getattr(way, name)!r}" for name in names if getattr(way, name) != getattr(base, name))
+    changes = {name: repr(getattr(way, name)) for name in names if getattr(way, name) != getattr(base, name)}
+    if way.activation_memory_budget != base.activation_memory_budget:
+        mode = "" if way.compile is True else f"mode={way.compile!r}, "
+        changes["compile"] = f"sheer.Compile({mode}activation_memory_budget={way.activation_memory_budget})"
+    trainer = ", ".join(f"{name}={value}" for name, value in changes.items())
     lines = [f"sheer.Trainer(..., {trainer})"] if trainer else []
     lines += ["the optimizer: fused=True"] if way.fused else []
     lines += [f"the training loader: num_workers={way.num_workers}"] if way.num_workers is not None else []

@@ -19,6 +19,7 @@ class Way:
     """What autotune may change of a run; the defaults change nothing but what they name in `Settings`."""
 
     compile: bool | str = False
+    activation_memory_budget: float = 1.0  # of what is compiled
     cuda_graph: bool = False
     precision: str = "32-true"
     micro_batch_size: int | None = None
@@ -32,7 +33,7 @@ class Way:
 
     def settings(self, settings: Settings) -> Settings:
         """Return settings changed to this way."""
-        names = ("compile", "cuda_graph", "precision", "micro_batch_size")
+        names = ("compile", "activation_memory_budget", "cuda_graph", "precision", "micro_batch_size")
         return dataclasses.replace(settings, **{name: getattr(self, name) for name in names})
 
     def loader(self, loader: Any) -> Any:
@@ -64,7 +65,13 @@ class FusedBuilder:
 
 def own_way(settings: Settings) -> Way:
     """Return the way that settings say."""
-    return Way(settings.compile, settings.cuda_graph, settings.precision, settings.micro_batch_size)
+    return Way(
+        settings.compile,
+        settings.activation_memory_budget,
+        settings.cuda_graph,
+        settings.precision,
+        settings.micro_batch_size,
+    )
 
 
 def way_from(saved: Mapping[str, Any]) -> Way:

@@ -143,7 +143,7 @@ def test_bit_for_bit_the_run_without_graphs(case: str, tmp_path: Path) -> None:
     assert none == 0 and replays == steps - 4  # 3 to warm up, and the first with a smaller batch
     assert_same(other.state_dict(), net.state_dict())
     for one, two in zip(optimizer.state.values(), own.state.values(), strict=True):
-        assert_same({k: v for k, v in one.items() if v is not None}, {k: v for k, v in two.items() if v is not None})
+        assert_same(*({key: value.cpu() for key, value in state.items() if value is not None} for state in (one, two)))
     assert own_lines == lines
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed import launched
+from tests.gpu.test_graph import trained
+from tests.ranks import run_on_ranks
+from tests.task import assert_same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
@@ -49,3 +54,19 @@ def test_an_error_ends_a_rank_that_waits_in_nccl() -> None:
     status, _, err = launched.run(SCRIPT, "--nproc-per-node", "2", "train.py", "error")
     assert status == 1 and err.count("ValueError: no good") == 1 and "Rank 1 failed:" in err
     assert time.monotonic() - began < 60
+
+
+def captured_and_not(folder: str) -> int:
+    (net, _, lines, none), (other, _, own_lines, replays) = (
+        trained(captured, f"{folder}/{captured}", parallel="ddp", samples=128, gradient_clip_val=1.0)
+        for captured in (False, True)
+    )
+    assert none == 0
+    assert_same(other.state_dict(), net.state_dict())
+    if os.environ["RANK"] == "0":
+        assert own_lines == lines
+    return replays
+
+
+def test_ddp_is_captured_and_bit_for_bit_the_run_without_graphs(tmp_path: Path) -> None:
+    assert run_on_ranks(2, captured_and_not, str(tmp_path)) == [48 - 11] * 2  # to warm up

@@ -190,3 +190,14 @@ def test_a_run_is_that_of_the_logits(settings: dict[str, Any]) -> None:
     assert my_loss == pytest.approx(their_loss, abs=1e-11)
     for name, value in mine.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-10, atol=1e-10)
+
+
+def test_compiled_it_has_the_same_gradients() -> None:
+    hidden, weight, targets, bias = inputs()
+    compiled = torch.compile(sheer.linear_cross_entropy, backend="eager")  # what is traced is what is tried
+    both = [
+        gradients(loss(hidden, weight, targets, bias, chunk_size=10).total, hidden, weight, bias)
+        for loss in (sheer.linear_cross_entropy, compiled)
+    ]
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

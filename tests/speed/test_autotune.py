@@ -20,6 +20,7 @@ from sheer.scripts import Call
 from sheer.speed import autotune as tuning
 from sheer.speed import trials
 from sheer.speed.autotune import better, distance, find_way
+from sheer.speed.command import advice
 from sheer.speed.trials import Trial, trial_of
 from sheer.speed.ways import Way, can_be_fused, own_way
 from tests.task import assert_same, loader, loss_step, model, step
@@ -208,3 +209,17 @@ def test_a_script_that_trains_nothing() -> None:
     Path("train.py").write_text("import sheer\n")
     done = CliRunner().invoke(app, ["autotune", "train.py"])
     assert done.exit_code == 2 and "ended without a call of fit" in done.output
+
+
+def test_where_batches_are_divided_and_compiled_less_is_kept_for_twice_the_micro_batch() -> None:
+    task = call(micro_batch_size=4)  # of batches of 16
+    best = Trial(own_way(task.settings))
+    assert tuning.recomputation(task, best, best.way, CPU) == []
+    compiled = dataclasses.replace(best.way, compile=True)
+    found = tuning.recomputation(task, Trial(compiled), best.way, CPU)
+    assert [(way.micro_batch_size, way.activation_memory_budget) for way in found] == [(8, 0.8), (8, 0.5)]
+    whole = tuning.recomputation(task, Trial(dataclasses.replace(compiled, micro_batch_size=8)), best.way, CPU)
+    assert [way.micro_batch_size for way in whole] == [None, None]
+    assert advice(found[0], best.way) == (
+        "write sheer.Trainer(..., compile=sheer.Compile(activation_memory_budget=0.8), micro_batch_size=8)"
+    )
