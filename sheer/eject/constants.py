@@ -61,6 +61,8 @@ def _pass_fields_of(
     calls = _calls(program, node, method)
     if len(uses) != len(read) or {n.attr for n in read} - set(names) or set(names) & bound_in(method) or not calls:
         return
+    if not _all_are_told_apart(program, node, method.name, calls):
+        return
     bare = copy.copy(method)
     bare.args = copy.copy(method.args)
     bare.args.args = method.args.args[1:]
@@ -73,6 +75,18 @@ def _pass_fields_of(
     method.body = [_Fields(parameter.arg).visit(statement) for statement in method.body]
     new = [ast.arg(name, copy.deepcopy(fields_of(record)[name].annotation)) for name in names]
     replace_parameter(method, parameter.arg, new)
+
+
+def _all_are_told_apart(program: Program, node: ast.ClassDef, name: str, calls: list[ast.Call]) -> bool:
+    """Whether each method of a name that is called is one of these, or known to be that of another class."""
+    known = {id(call.func) for call in calls}
+    others = [part.name for part in program.nodes.values() if isinstance(part, ast.ClassDef) and part is not node]
+    return all(
+        id(use) in known or any(_is_of(program, function, use.value, other) for other in others)
+        for function in program.functions()
+        for use in walk(function.body)
+        if isinstance(use, ast.Attribute) and use.attr == name
+    )
 
 
 class _Fields(ast.NodeTransformer):

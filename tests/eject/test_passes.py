@@ -283,7 +283,11 @@ def test_a_method_gets_the_fields_that_it_reads() -> None:
 
 @pytest.mark.parametrize(
     "main",
-    ["def main(board, info: Info):\n    board.start(info)\n", "def main(board: Board):\n    board.start(made())\n"],
+    [
+        "def main(board, info: Info):\n    board.start(info)\n",
+        "def main(board: Board):\n    board.start(made())\n",
+        "def main(board: Board, info: Info, any):\n    board.start(info)\n    any.start(info)\n",
+    ],
 )
 def test_where_a_call_is_not_known_the_record_stays(main: str) -> None:
     made = program(BOARD + main, "main")

@@ -116,9 +116,8 @@ def shared_epochs(
     """Yield this rank's part of each batch, its samples, those of the whole batch, and whether that ends its epoch."""
     seed = from_rank_zero(torch.initial_seed())
     for epoch in itertools.count():
-        train_loader.sampler.generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-        )
+        mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+        train_loader.sampler.generator = torch.Generator().manual_seed(mixed)
         batches = list(train_loader.batch_sampler)
         train_loader.sampler.generator = None
         shares = [share(len(batch), rank, world_size) for batch in batches]
@@ -159,11 +158,8 @@ def rank_zero_report(rank: int, directory: Path, step: int, epoch: int, metrics:
     if rank == 0:
         with (directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), "epoch": epoch, **metrics}) + "\n")
-        print(
-            f"step {step:,} · "
-            + " · ".join(f"{name} {value:.4g}" for name, value in {"epoch": epoch, **metrics}.items()),
-            flush=True,
-        )
+        values = " · ".join(f"{name} {value:.4g}" for name, value in {"epoch": epoch, **metrics}.items())
+        print(f"step {step:,} · {values}", flush=True)
 
 
 def read_on_ranks(metrics: Metrics) -> dict[str, float]:
