@@ -11,7 +11,7 @@ import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from sheer.settings import Checkpoint, Compile, Parallel, Settings, describe_type
+from sheer.settings import Checkpoint, Compile, Parallel, Rollback, Settings, describe_type
 
 BEGIN, END = "<!-- generated from sheer/settings.py -->", "<!-- end -->"
 BEGIN_WAYS = "<!-- generated from tests/distributed/features.py -->"
@@ -42,7 +42,7 @@ def table(settings: type) -> str:
 def filled(text: str) -> str:
     """Return the text of settings.md with its tables made anew."""
     parts = text.split(BEGIN)
-    tables = [table(Settings), table(Checkpoint), table(Compile), table(Parallel)]
+    tables = [table(Settings), table(Checkpoint), table(Rollback), table(Compile), table(Parallel)]
     made = [
         f"{BEGIN}\n{made_table}\n{END}{part.split(END, 1)[1]}"
         for made_table, part in zip(tables, parts[1:], strict=True)

@@ -41,7 +41,7 @@ from sheer.own_loop import Loop
 from sheer.random import seed_everything
 from sheer.run import Result
 from sheer.schedules import Schedule, warmup_cosine, warmup_linear, warmup_stable_decay
-from sheer.settings import Checkpoint, Compile, Parallel, Settings
+from sheer.settings import Checkpoint, Compile, Parallel, Rollback, Settings
 from sheer.trainer import Trainer
 from sheer.version import __version__
 from sheer.weights import load_weights
@@ -75,6 +75,7 @@ __all__ = [
     "Parallel",
     "Profiler",
     "Result",
+    "Rollback",
     "RunError",
     "RunInfo",
     "Schedule",

@@ -17,7 +17,7 @@ from sheer.distributed.wrap import StepModule, count_sharded
 from sheer.due import DURATIONS
 from sheer.float8 import describe_float8
 from sheer.run import Run
-from sheer.settings import DIMENSIONS, Settings
+from sheer.settings import DIMENSIONS, Rollback, Settings
 from sheer.version import __version__
 
 
@@ -34,6 +34,8 @@ def announce(cfg: Settings, run: Run, checkpoint: Path | None) -> None:
     announce_data(cfg, run)
     if (cfg.nonfinite == "skip" or run.scaler is not None) and not cfg.cuda_graph:
         say("the host waits for the device once a step, to see whether the gradients are finite")
+    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+        say(describe_rollback(cfg))
     say(f"run: {run.info.run_dir}" + ("" if cfg.fast_dev_run else f" (id {run.info.run_id})"))
     if checkpoint is not None:
         place = f"{run.saver.disk}/{checkpoint.name}" if cfg.resume == "auto" else checkpoint
@@ -43,6 +45,16 @@ def announce(cfg: Settings, run: Run, checkpoint: Path | None) -> None:
     if run.progress.stopped_by is not None:
         more = "; to go on, give it a longer duration" if run.progress.stopped_by in DURATIONS else ""
         say(f"the run is over ({run.progress.stopped_by}), so nothing is trained{more}")
+
+
+def describe_rollback(cfg: Settings) -> str:
+    """Say what makes the run go back, and how often."""
+    assert isinstance(cfg.nonfinite, Rollback)
+    bad = "a NaN or an infinity"
+    if cfg.nonfinite.spike is not None:
+        bad = f"a NaN, an infinity or a loss above {cfg.nonfinite.spike:g} times the median"
+    times = f"{cfg.nonfinite.max_times} time{'s' if cfg.nonfinite.max_times > 1 else ''}"
+    return f"rollback: {bad} leads back to the last good checkpoint, at most {times}"
 
 
 def counts_of(run: Run) -> tuple[int, int]:

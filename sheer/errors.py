@@ -33,5 +33,18 @@ class NonFiniteError(SheerError, FloatingPointError):
     """A loss or a gradient that became NaN or infinite."""
 
 
+class BadStepsError(NonFiniteError):
+    """Steps that were found to be bad, in a run that may go back to before them.
+
+    Attributes:
+        short: what went bad, in a few words.
+        first, last: which they are.
+    """
+
+    def __init__(self, message: str, short: str, first: int, last: int) -> None:
+        super().__init__(message)
+        self.short, self.first, self.last = short, first, last
+
+
 class SheerWarning(UserWarning):
     """Something that Sheer did or left undone, and that a user would want to know."""

@@ -21,8 +21,9 @@ from sheer.distributed.mesh import Ranks
 from sheer.distributed.steps import evaluate_on_ranks, let_go
 from sheer.errors import DataError
 from sheer.events import Events
+from sheer.leaving import Told
 from sheer.metrics import Media, Metrics, contents
-from sheer.signals import StopSignals, ToldToLeave
+from sheer.signals import ToldToLeave
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def evaluate(
     media: dict[str, Media],
     ranks: Ranks | None = None,
     stepper: nn.Module | None = None,
-    told: StopSignals | None = None,
+    told: Told | None = None,
 ) -> dict[str, float]:
     """Return the weighted means of what the step returns, over all batches.
 
-    On several ranks each batch is computed on one of them. A signal that `told` has received ends it with `ToldToLeave`.
+    On several ranks each batch is computed on one of them. Where `told` says to leave, it ends with `ToldToLeave`.
     """
     with eval_mode(model, events):
         if ranks is not None:
@@ -91,18 +92,18 @@ def evaluate_loader(
     media: dict[str, Media],
     ranks: Ranks | None,
     stepper: nn.Module | None,
-    told: StopSignals | None,
+    told: Told | None,
 ) -> dict[str, float]:
     """Run the evaluation's step over the batches of one loader; its metrics are called `<prefix><name>`."""
     metrics = Metrics()
     where = _Place(prefix)
     with (
         where,
-        closing(batches_of(loader, evaluation.limit, ranks, stepper)) as batches,
+        closing(batches_of(loader, evaluation.limit, ranks, stepper is not None or told is not None)) as batches,
     ):  # on an error too, so that workers end now
         for batch, samples in batches:
             where.batch = batch
-            if told is not None and told.received is not None:
+            if told is not None and told.to_leave():
                 raise ToldToLeave
             batch = compute.prepared(batch)
             held = contents(metrics.objects()) if ranks is not None and samples == 0 else []
@@ -129,15 +130,15 @@ def is_counted(ranks: Ranks | None, samples: int, output: Any) -> bool:
 
 
 def batches_of(
-    loader: Iterable[Any], limit: int | float | None, ranks: Ranks | None, stepper: nn.Module | None
+    loader: Iterable[Any], limit: int | float | None, ranks: Ranks | None, in_step: bool
 ) -> Generator[tuple[Any, int], None, None]:
-    """Return the batches of a loader, each with its samples; on several ranks this one's, and as many as the others have where they communicate."""
+    """Return the batches of a loader, each with its samples; on several ranks this one's, and as many as the others have where all go in step."""
     if ranks is None:
         return counted_batches(loader, limit)
     own = dealt(loader, limit, ranks)
     if own is None:
         return in_step_with_others(counted_batches(loader, limit), ranks)
-    return counted_or_not(own, communicates=stepper is not None)
+    return counted_or_not(own, in_step)
 
 
 class _Place:
@@ -168,7 +169,7 @@ def predict(
 ) -> Iterator[Any]:
     """Yield what the step returns for each batch, as it comes; nothing is piled up. On several ranks each yields its own batches'."""
     with eval_mode(model, events):
-        for batch, samples in batches_of(loader, limit, ranks, stepper):
+        for batch, samples in batches_of(loader, limit, ranks, stepper is not None):
             batch = compute.prepared(batch)
             with (
                 torch.no_grad(),

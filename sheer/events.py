@@ -41,7 +41,7 @@ def starts_anew(info: RunInfo) -> bool:
 
 
 class OnFitStart(Protocol):
-    """Once, before the first step, after a checkpoint was restored."""
+    """Once, before the first step, after a checkpoint was restored; for callbacks with a state again where the run goes back to one."""
 
     def on_fit_start(self, model: nn.Module, optimizers: Mapping[str, Optimizer], info: RunInfo) -> None:  # noqa: D102
         ...

@@ -1,4 +1,4 @@
-"""What a validation may change, so that one that is left in its middle can be saved as it was before."""
+"""Validations that are left in their middle: when, and what they may have changed, so that a run is saved as it was before."""
 
 from __future__ import annotations
 
@@ -8,8 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sheer.distributed.stop import StopAgreement
 from sheer.metrics import put_back
 from sheer.random import random_state, set_random_state, snapshot
+from sheer.signals import StopSignals, is_signal
+
+
+class Told:
+    """Whether a run was told to stop, asked between two batches of a validation."""
+
+    def __init__(self, signals: StopSignals, agreement: StopAgreement | None) -> None:
+        self.signals, self.agreement = signals, agreement
+        self.reason: str | None = None
+
+    def to_leave(self) -> bool:
+        """Whether the validation is to be left now; on several ranks all are told so at the same batch.
+
+        What comes from a callback has time until the step ends.
+        """
+        received = self.signals.received
+        self.reason = received if self.agreement is None else self.agreement.heard(None, received)
+        return is_signal(self.reason)
 
 
 @dataclass(frozen=True)

@@ -16,21 +16,23 @@ from sheer.console import clock
 from sheer.data.batch import StepBatch
 from sheer.distributed.agree import agreed, first_of, gathered
 from sheer.distributed.mesh import form_ranks
-from sheer.distributed.steps import evaluator_of
+from sheer.distributed.steps import evaluator_of, let_go
 from sheer.distributed.wrap import Parallelize
 from sheer.due import asked_for, duration_over, save_is_due, validation_is_due
+from sheer.errors import BadStepsError
 from sheer.evaluation import Evaluation, evaluate
 from sheer.events import end_anywhere, end_by_callbacks
 from sheer.garbage import collect_if_due
-from sheer.leaving import before_validation
+from sheer.leaving import Told, before_validation
 from sheer.loss import Step
 from sheer.memory import agree_on_parts, smaller_parts, train_again
 from sheer.metrics import Media, contents, put_back
 from sheer.plugins import Plugins
 from sheer.random import set_random_state
 from sheer.resume import open_data
+from sheer.rollback import go_back, note_step
 from sheer.run import Run
-from sheer.saving import prepare_memory, save_checkpoint
+from sheer.saving import look_back, prepare_memory, save_checkpoint
 from sheer.session import Session, leave_if_told
 from sheer.settings import Settings
 from sheer.signals import StopSignals, is_signal
@@ -76,6 +78,8 @@ def fit(
     with Session(run), StopSignals() as signals:
         begin(cfg, run, validation)
         let_validations_be_left(cfg, run, validation, signals)
+        if cfg.nonfinite not in ("raise", "skip", "ignore"):
+            save_start(cfg, run, restore_random)
         for batch in train.steps(progress, restore_random):
             begin_step(run, batch)
             if cfg.cuda_graph:
@@ -87,7 +91,10 @@ def fit(
                 except torch.OutOfMemoryError as error:
                     train_again(cfg, run, train_on, step_function, numbered, batch, error)
                 apply(cfg, run, optimizer, scheduler)
-            if end_step(cfg, run, batch, train.at_end, validation, signals):
+            if cfg.nonfinite not in ("raise", "skip", "ignore"):
+                if end_or_go_back(cfg, run, batch, train.at_end, validation, signals):
+                    break
+            elif end_step(cfg, run, batch, train.at_end, validation, signals):
                 break
         finish(cfg, run, validation)
     leave_if_told(run, signals)
@@ -100,29 +107,31 @@ def begin(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
         callback.on_fit_start(run.model, run.optimizers, run.info)
     if validation is not None:
         try_validation(cfg, run, validation)
-    if cfg.validate_first and validation is not None and run.progress.step == 0:
+    # Of a run that may go back, step 0 is saved behind that validation.
+    not_validated = cfg.nonfinite in ("raise", "skip", "ignore") or run.progress.validated_at < 0
+    if cfg.validate_first and validation is not None and run.progress.step == 0 and not_validated:
         validate(cfg, run, validation)
     if run.progress.batch == 0 and not run.progress.owes_validation:
         begin_epoch(run)
 
 
 def let_validations_be_left(cfg: Settings, run: Run, validation: Evaluation | None, signals: StopSignals) -> None:
-    """Let a validation be left in its middle when the run is told to stop, and end the step that an earlier session left so.
-
-    On several ranks it is run to its end: they stop where a step ends.
-    """
-    if cfg.checkpoint is not None and run.ranks is None:
-        run.told, run.leave = signals, functools.partial(leave_validation, cfg, run, signals)
+    """Let a validation be left in its middle when the run is told to stop, and end the step that an earlier session left so."""
+    if cfg.checkpoint is not None:
+        run.told = Told(signals, run.agreement)
+        run.leave = functools.partial(leave_validation, cfg, run, run.told)
     if run.progress.owes_validation and run.data is not None:
         run.metrics.hold(metrics_in(run.model))
         run.data.owed = functools.partial(end_owed_step, cfg, run, validation, signals)
 
 
-def leave_validation(cfg: Settings, run: Run, signals: StopSignals) -> None:
+def leave_validation(cfg: Settings, run: Run, told: Told) -> None:
     """Save the run as it was before the validation that was left."""
     assert run.before_validating is not None
+    if run.stepper is not None:
+        let_go(run.stepper)
     run.before_validating.restore(run.model)
-    run.progress.owes_validation, run.progress.stopped_by = True, signals.received
+    run.progress.owes_validation, run.progress.stopped_by = True, told.reason
     finish(cfg, run, None)
 
 
@@ -190,7 +199,7 @@ def end_step(
         stop = by_epoch or stop
 
     if run.agreement is not None:
-        stop = run.agreement.heard(progress.step, stop, signals.received)
+        stop = run.agreement.heard(stop, signals.received)
     elif signals.received is not None and stop is None:
         stop = signals.received
     if stop is not None:
@@ -203,6 +212,37 @@ def end_step(
     if cfg.checkpoint is not None and save_is_due(cfg, run, epoch_ended):
         save_and_tell(cfg, run, wait=not cfg.checkpoint.asynchronous)
     if epoch_ended:
+        begin_epoch(run)
+    return False
+
+
+def save_start(cfg: Settings, run: Run, restore_random: Callable[[], None] | None) -> None:
+    """Save the run as it begins, if it has no checkpoint yet: it may have to go back before the first that is due."""
+    if agreed(run.ranks, bool(run.saver.saves)):
+        return
+    if restore_random is not None:
+        restore_random()
+    run.console.say(f"rollback: step {run.progress.step:,} is saved, to have a checkpoint to go back to")
+    save_and_tell(cfg, run, wait=True)
+
+
+def end_or_go_back(
+    cfg: Settings, run: Run, batch: StepBatch, epoch_ended: bool, validation: Evaluation | None, signals: StopSignals
+) -> bool:
+    """End a step as `end_step` does; where a step is found to be bad, go back to a checkpoint from before it. Returns whether this step was the last."""
+    found: BadStepsError | None = None
+    note_step(run, batch, epoch_ended)
+    try:
+        is_over = end_step(cfg, run, batch, epoch_ended, validation, signals)
+        if is_over:
+            look_back(run)
+        return is_over
+    except BadStepsError as error:
+        found = error
+    tell_of_save(run)  # of the checkpoint that is being written, which is good
+    go_back(cfg, run, found)
+    save_and_tell(cfg, run, wait=True)  # so that a run that is killed knows what to leave out
+    if run.progress.batch == 0:
         begin_epoch(run)
     return False
 
@@ -237,10 +277,14 @@ def log_training(cfg: Settings, run: Run) -> None:
         settle_graphs(run)
     if cfg.nonfinite == "raise":
         run.watch.check(run.ranks)
+    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+        look_back(run, weights=False)
     agree_on_parts(run)
     logged = {f"train/{name}": value for name, value in run.metrics.read(run.ranks).items()}
     for callback in run.events.log:
         logged.update(callback.on_log(run.progress.step, logged) or {})
+    if cfg.nonfinite not in ("raise", "skip", "ignore") and run.progress.rollbacks > 0:
+        logged["rollbacks"] = float(run.progress.rollbacks)
     if run.progress.validated_at < 0:
         run.progress.metrics = logged
     report(run, logged)
@@ -252,6 +296,8 @@ def log_training(cfg: Settings, run: Run) -> None:
 
 def validate(cfg: Settings, run: Run, validation: Evaluation) -> str | None:
     """Validate, report it, and tell the schedulers and callbacks that follow it. Returns why the run is to stop, or None."""
+    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+        look_back(run)
     remember(run)
     set_aside = run.metrics.set_aside()
     media: dict[str, Media] = {}

@@ -159,6 +159,18 @@ class Metrics:
         if len(entry.totals) >= _MOST_KEPT:
             entry.fold()
 
+    def added_in_step(self, name: str) -> tuple[list[Number], list[Number], bool]:
+        """Return what the step that runs has added to a metric: totals, counts, and whether the totals are means yet. Nothing is read."""
+        entry = self._sums.get(name)
+        if entry is None:
+            return [], [], False
+        number = sum([other is entry for other in self.in_step])
+        totals, counts = list(entry.totals), list(entry.counts)
+        for column, weights in reversed(entry.folded):
+            if len(totals) < number:
+                totals, counts = [*column.unbind(), *totals], [*weights.unbind(), *counts]
+        return totals[len(totals) - number :], counts[len(counts) - number :], entry.weighted
+
     def forget_step(self) -> None:
         """Take back the values that the step that runs has added; what its metric objects saw stays."""
         for entry in reversed(self.in_step):

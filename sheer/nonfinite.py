@@ -54,11 +54,10 @@ class Watch:
         self._skips.clear()
         return skipped
 
-    def check(self, ranks: Ranks | None = None) -> None:
-        """Wait for the device and test what was added since the last check, by any rank.
+    def first_bad(self, ranks: Ranks | None) -> tuple[int, str] | None:
+        """Wait for the device, and return the first step at which a value of any rank was NaN or infinite, and what it was; None: all are finite.
 
-        Raises:
-            NonFiniteError: a value is NaN or infinite; it names the first step at which one was.
+        What was added is forgotten.
         """
         if self._values:
             self._fold()
@@ -69,10 +68,23 @@ class Watch:
         found = None if all(finite) else seen[finite.index(False)]
         if ranks is not None:
             found = min((other for other in gathered(found) if other is not None), default=None)
+        return found
+
+    def check(self, ranks: Ranks | None = None) -> None:
+        """Wait for the device and test what was added since the last check, by any rank.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite; it names the first step at which one was.
+        """
+        found = self.first_bad(ranks)
         if found is not None:
-            step, what = found
-            raise NonFiniteError(
-                f"The {what} became NaN or infinite at step {step}. Nothing was saved since then. Usual causes: a learning rate that is too "
-                "high (try gradient_clip_val=1.0 or a warm-up), a log or a division of 0, 16-bit overflow (try bf16-mixed), or a bad "
-                'sample. detect_anomaly=True names the operation; nonfinite="skip" leaves such steps out, "ignore" goes on.'
-            )
+            raise NonFiniteError(became_nonfinite(*found))
+
+
+def became_nonfinite(step: int, what: str) -> str:
+    """Say that a value was NaN or infinite, and what may help."""
+    return (
+        f"The {what} became NaN or infinite at step {step}. Nothing was saved since then. Usual causes: a learning rate that is too "
+        "high (try gradient_clip_val=1.0 or a warm-up), a log or a division of 0, 16-bit overflow (try bf16-mixed), or a bad "
+        'sample. detect_anomaly=True names the operation; nonfinite="skip" leaves such steps out, "ignore" goes on, Rollback(...) goes back.'
+    )

@@ -65,6 +65,11 @@ def check_loop(cfg: Settings, optimizers: Mapping[str, Any], schedulers: Mapping
     for name in schedulers:
         if name not in optimizers:
             raise unknown_name(name, optimizers, "optimizers, which schedulers refers to,")
+    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+        raise SettingsError(
+            "nonfinite=Rollback(...) makes steps again, and those of a loop of your own are not Sheer's to make: what else your loop does would not go "
+            'back. Train with fit, or set nonfinite="skip" or "raise".'
+        )
     if cfg.cuda_graph:
         warnings.warn(
             "cuda_graph=True captures the steps of fit; those of a loop of your own are made without.",

@@ -21,13 +21,13 @@ from sheer.distributed.mesh import Ranks
 from sheer.distributed.stop import StopAgreement
 from sheer.evaluation import Compute
 from sheer.events import Events, RunInfo
-from sheer.leaving import BeforeValidation
+from sheer.leaving import BeforeValidation, Told
 from sheer.loggers.base import Loggers
 from sheer.metrics import Metrics
 from sheer.nonfinite import Watch
 from sheer.progress import Progress
 from sheer.random import Before
-from sheer.signals import StopSignals
+from sheer.trail import Trail
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     metrics: Metrics = field(default_factory=Metrics)
     watch: Watch = field(default_factory=Watch)
+    trail: Trail | None = None  # of the last steps, in a run that may go back to a checkpoint
     compilations: Compilations = field(default_factory=Compilations)
-    told: StopSignals | None = None  # by what a validation may be left in its middle
+    told: Told | None = None  # by what a validation may be left in its middle
     leave: Callable[[], None] | None = None  # saves the run as it was before a validation that was left
     ends_owed: bool = False  # whether the step that ends is one that an earlier session has logged
     before_validating: BeforeValidation | None = None  # what held before the validation that runs

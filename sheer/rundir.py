@@ -193,7 +193,7 @@ def refuse_differences(path: Path, before: Mapping[str, Any], now: Mapping[str, 
     differing = [
         f"  {name}: {before[name]!r} then, {value!r} now"
         for name, value in now.items()
-        if name not in FREE and name in before and before[name] != value
+        if name not in FREE and name in before and before[name] != value and not are_strict(name, before[name], value)
     ]
     if differing:
         raise RunError(
@@ -201,6 +201,11 @@ def refuse_differences(path: Path, before: Mapping[str, Any], now: Mapping[str, 
             + "\n".join(differing)
             + "\nPut them back, or give another run_dir. Durations, cadences and loggers may change."
         )
+
+
+def are_strict(name: str, before: Any, now: Any) -> bool:
+    """Whether both are ways to deal with a NaN that leave no trace of it in the weights: an error, and going back."""
+    return name == "nonfinite" and all(how == "raise" or isinstance(how, Mapping) for how in (before, now))
 
 
 def lock(path: Path) -> FileLock:

@@ -19,7 +19,7 @@ from sheer.distributed.agree import agreed, gathered, is_other_rank
 from sheer.distributed.buffers import same_buffers
 from sheer.distributed.mesh import Ranks
 from sheer.distributed.tensors import is_divided_tensor, local
-from sheer.errors import NonFiniteError, RunError
+from sheer.errors import BadStepsError, NonFiniteError, RunError
 from sheer.memory import agree_on_parts
 from sheer.random import random_state
 from sheer.run import Run, tensors_of
@@ -59,11 +59,29 @@ def save_checkpoint(cfg: Settings, run: Run, *, wait: bool) -> None:
     if cfg.nonfinite == "raise":
         run.watch.check(run.ranks)
         check_weights(run.model, run.progress.step, run.ranks)
+    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+        look_back(run)
     name = agreed(run.ranks, "" if is_other_rank(run.ranks) else run.saver.name_for(run.progress.step))
     if run.ranks is not None:
         agree_on_parts(run)
         same_buffers(run.model, run.ranks)  # so that a run that goes on has what one that was not stopped has
     run.saver.save(name, content_of(run), wait=wait)
+
+
+def look_back(run: Run, *, weights: bool = True) -> None:
+    """Look, in a run that may go back, whether a step since the last look was bad, or a weight is. Waits for the device.
+
+    Raises:
+        BadStepsError: one was; where only a weight tells, it is the last step.
+    """
+    assert run.trail is not None
+    run.trail.check(run.watch, run.ranks, run.progress.losses)
+    if weights:
+        try:
+            check_weights(run.model, run.progress.step, run.ranks)
+        except NonFiniteError as error:
+            step = run.progress.step
+            raise BadStepsError(str(error), f"weights became NaN or infinite by step {step:,}", step, step) from None
 
 
 def content_of(run: Run) -> Content:

@@ -73,6 +73,24 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """Going back to the last good checkpoint when a loss or a gradient is NaN or infinite, or the loss spikes; then on without the batches of these steps."""
+
+    max_times: int = 3  # how often a run goes back; the next time is an error
+    spike: float | None = (
+        None  # a loss of more than so many times the median of the last 50 is bad, too; None: no finite loss is
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(self, max_times=1)
+        if self.spike is not None and not 1.0 < self.spike < float("inf"):
+            raise SettingsError(
+                f"spike must be above 1, not {self.spike!r}: it is how many times the median of the losses before it a loss must be to count as a spike."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parallel:
     """How a model and its batches are divided over ranks: the sizes of the dimensions of one mesh. On one rank nothing is divided."""
 
@@ -190,7 +208,7 @@ class Settings:
     accumulate_grad_batches: int = 1  # batches of the loader in one step
     micro_batch_size: int | None = None  # samples in one forward pass of training; None: the whole batch at once
     scheduler_interval: SchedulerInterval = "step"  # what moves the scheduler: each step, epoch or validation
-    nonfinite: NonFinite = "raise"  # what a NaN or infinite loss or gradient does
+    nonfinite: NonFinite | Rollback = "raise"  # what a NaN or infinite loss or gradient does
     log_every_n_steps: int = 50  # steps between two log points; the only points where the host waits for the device
     validate_every_n_steps: int | None = None  # steps between validations; None: at the end of each epoch
     validate_first: bool = False  # also validate before the first step
@@ -250,6 +268,8 @@ class Settings:
             raise SettingsError(
                 "detect_anomaly looks at each value on the host, which cuda_graph=True rules out. Leave one of them out."
             )
+        if isinstance(self.nonfinite, Rollback):
+            self._check_rollback()
         if self.gradient_clip_algorithm == "value" and self.gradient_clip_val is None:
             raise SettingsError(
                 'gradient_clip_algorithm="value" says how to clip, but gradient_clip_val says not to. Give gradient_clip_val.'
@@ -280,6 +300,21 @@ class Settings:
                 'monitor_mode="max" says which way is better, but monitor names no metric. Give monitor="val/...".'
             )
 
+    def _check_rollback(self) -> None:
+        if self.checkpoint is None:
+            raise SettingsError(
+                "nonfinite=Rollback(...) goes back to a checkpoint, and checkpoint=False saves none. Leave one of them out."
+            )
+        if self.cuda_graph:
+            raise SettingsError(
+                "nonfinite=Rollback(...) puts the run back to a checkpoint, which cuda_graph=True cannot follow yet: a graph writes where the state was. "
+                'Leave one of them out, or set nonfinite="skip".'
+            )
+        if self.detect_anomaly:
+            raise SettingsError(
+                "detect_anomaly=True ends the run in the step that makes a NaN, and nonfinite=Rollback(...) goes back from it. Leave one of them out."
+            )
+
 
 def expanded(settings: Settings, world_size: int = 1) -> Settings:
     """Return settings with what `parallel` means on so many ranks, and what `fast_dev_run` stands for: n steps, n batches of validation, nothing kept."""
@@ -288,8 +323,19 @@ def expanded(settings: Settings, world_size: int = 1) -> Settings:
         return settings
     steps = int(settings.fast_dev_run)
     return dataclasses.replace(
-        settings, max_steps=steps, max_epochs=None, max_time=None, limit_val_batches=steps, checkpoint=None
+        settings,
+        max_steps=steps,
+        max_epochs=None,
+        max_time=None,
+        limit_val_batches=steps,
+        checkpoint=None,
+        nonfinite=without_rollback(settings),
     )
+
+
+def without_rollback(settings: Settings) -> NonFinite:
+    """Return what a NaN does in a run that keeps nothing it could go back to."""
+    return "raise" if isinstance(settings.nonfinite, Rollback) else settings.nonfinite
 
 
 def _parallel_on(parallel: Parallelism | Parallel, world_size: int) -> Parallelism | Parallel:

@@ -29,7 +29,7 @@ from sheer.checkpoint.store import read_manifest
 from sheer.checks import check_can_be_saved, check_length_of_schedules, check_start
 from sheer.compilation import compile_model
 from sheer.console import Console, silent_console
-from sheer.data.choose import check_loader, make_source
+from sheer.data.choose import check_loader, make_source, refuse_one_way
 from sheer.data.feed import TrainingData
 from sheer.distributed.agree import agreed, is_other_rank
 from sheer.distributed.layers import check_sizes
@@ -50,7 +50,8 @@ from sheer.resume import find_checkpoint, forget_copies, refuse_other_run, resto
 from sheer.run import Run
 from sheer.rundir import as_mapping, choose_run_dir, run_record
 from sheer.saving import folder_of_saves, saver_of
-from sheer.settings import Settings
+from sheer.settings import Rollback, Settings
+from sheer.trail import Trail
 
 
 def training_data(
@@ -66,6 +67,8 @@ def training_data(
         same_epoch=cfg.overfit_batches > 0,
         ranks=ranks,
     )
+    if cfg.nonfinite not in ("raise", "skip", "ignore"):
+        refuse_one_way(source)
     return TrainingData(
         source,
         device=compute.device,
@@ -193,6 +196,7 @@ def start_run(
         scheduled_steps=steps if are_made_here(schedulers) else None,
         data=data,
         progress=progress,
+        trail=trail_of(cfg) if cfg.nonfinite not in ("raise", "skip", "ignore") else None,
     )
     if cfg.activation_memory_budget < 1.0:
         run.compilations.budget = cfg.activation_memory_budget
@@ -205,6 +209,12 @@ def start_run(
     check_length_of_schedules(cfg, run)
     announce(cfg, run, checkpoint)
     return run, state
+
+
+def trail_of(cfg: Settings) -> Trail:
+    """Return what notes the steps of a run that may go back."""
+    assert isinstance(cfg.nonfinite, Rollback)
+    return Trail(cfg.nonfinite.spike)
 
 
 def averaging_of(plugins: Plugins) -> Any | None:

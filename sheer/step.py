@@ -70,7 +70,7 @@ def backward(cfg: Settings, run: Run, step_function: Step, numbered: bool, batch
             run.scaler.scale(loss).backward()
         else:
             loss.backward()
-        if cfg.nonfinite == "raise":
+        if cfg.nonfinite not in ("skip", "ignore"):
             run.watch.add(run.progress.step, "loss", loss)
         run.metrics.add(output, samples, prefix)
     if counts:
@@ -102,7 +102,7 @@ def backward_through_stages(
             run.progress.step,
             (run.progress.step,) if numbered else (),
             run.metrics,
-            run.watch if cfg.nonfinite == "raise" else None,
+            run.watch if cfg.nonfinite not in ("skip", "ignore") else None,
             prefix,
         )
     if factor is not None:
@@ -129,8 +129,12 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
     for callback in run.events.gradients:
         callback.on_gradients(run.progress.step, run.model)
 
-    if cfg.nonfinite == "skip" or (cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm"):
+    if cfg.nonfinite not in ("raise", "ignore") or (
+        cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm"
+    ):
         norm = norm_of(run, parameters)
+    if cfg.nonfinite not in ("raise", "skip", "ignore") and run.scaler is None:  # so that the bad step is named exactly
+        run.watch.add(run.progress.step, "gradient norm", norm)
     if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm":
         clip_norm(cfg, run, parameters, cfg.gradient_clip_val, norm)
     if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "value":

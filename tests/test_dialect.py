@@ -23,6 +23,7 @@ BESIDE = {"cli", "launch", "__main__", "trainer", "settings", "find_lr", *TUNING
 PATH = {name: tree for name, tree in MODULES.items() if name not in BESIDE and not name.endswith("__init__")}
 CFG = {
     "loop",
+    "rollback",
     "memory",
     "step",
     "start",

@@ -56,6 +56,7 @@ class Freeze:
                 "Freeze with until_step or until_epoch changes which parameters are trained during the run, and ranks agree on that at its start. "
                 "Train in two runs, the second from the weights of the first, or freeze for the whole run."
             )
+        self._freeze(False)  # where the run goes back, and was begun already
         names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_modules()}
         for pattern in self.patterns:
             if not any(fnmatchcase(name, pattern) for name in names):

@@ -91,6 +91,25 @@ def make_source(
     return IterableSource(loader, resume_by_skipping=resume_by_skipping, ranks=ranks)
 
 
+def refuse_one_way(source: Source) -> None:
+    """Raise `DataError` for data that a run cannot go back in while it trains."""
+    if isinstance(source, CombinedSource):
+        for part in source.passes.values():
+            refuse_one_way(part.source)
+    if not isinstance(source, IterableSource) or isinstance(source.loader, Sequence):
+        return
+    if not source.resume_by_skipping:
+        raise DataError(
+            f"nonfinite=Rollback(...) goes back in the training data, and a {source.name} has no state. Pass resume_by_skipping=True to fit to read "
+            'and drop what comes before, use a map-style dataset or a loader with state_dict and load_state_dict, or set nonfinite="skip".'
+        )
+    if getattr(source.loader, "persistent_workers", False):
+        raise DataError(
+            f"nonfinite=Rollback(...) goes back in the training data, and the workers of a {source.name} that persist would not. Set "
+            "persistent_workers=False."
+        )
+
+
 def _may_differ(loader: Any) -> DataError:
     return DataError(
         f"overfit_batches trains on the same batches in each epoch, and a {type(loader).__name__} may give others each time it is "

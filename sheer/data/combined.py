@@ -71,7 +71,13 @@ class CombinedSource:
         for name, part in self.passes.items():
             part.source.load_state_dict(state[name]["source"])
             part.go_to(state[name]["number"], state[name]["batch"])
-            part.begun = True
+            part.begun = (part.number, part.batch) != (0, 0)
+
+    def begin_anew(self) -> None:
+        """Let each be as in a new process."""
+        for part in self.passes.values():
+            part.batches = None
+            part.source.begin_anew()
 
     def close(self) -> None:
         """Close each."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class TrainingData:
         steps_per_epoch: steps in one epoch, or None where only its end tells.
         yielded: what the step that runs trains on.
         at_end: whether it is the last of its epoch.
+        goes_back: set by the loop in a step: `progress` was put back, and the steps are to go on from there; it puts the random states back.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class TrainingData:
         self.yielded: StepBatch | None = None
         self.owed: Callable[[], bool] | None = None  # comes before the first step; returns whether there is to be none
         self.at_end = False
+        self.goes_back: Callable[[], None] | None = None
         self.described = f"{source.described}; {accumulate} batches a step" if accumulate > 1 else source.described
         self.moves = device.type != "cpu" or dtype is not None
         # A batch is copied to the device while the one before it is trained on; only where fetching it draws nothing here.
@@ -66,6 +69,8 @@ class TrainingData:
         # Of a source without a length: what held before the fetch that looked ahead, now and in the run that is resumed.
         self._before_fetch: tuple[dict[str, Any], tuple[Any, Any, Any, Any]] | None = None
         self._fetch_under: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] | None = None  # what was loaded, until a step comes
+        self._passed_over: deque[int] = deque()  # of each step fetched: how many batches were left out right before it
 
     def steps(self, progress: Progress, restore_random: Callable[[], None] | None = None) -> Iterator[StepBatch]:
         """Yield the batches of step after step, endlessly, from `progress` on; the caller counts in `progress`.
@@ -75,24 +80,30 @@ class TrainingData:
         """
         while True:
             epoch, start = progress.epoch, progress.batch
+            left_out, end = ranges_in(progress.left_out, epoch), self.batches_per_epoch
+            end = None if end is None else end_without(left_out, end)
             if restore_random is not None and start == 0 and (epoch == 0 or self.source.reopens):
                 if self._is_over(restore_random):
                     return
                 restore_random = None
             opened = batches = self.source.epoch(0 if self.same_epoch else epoch, start)
-            if self.batches_per_epoch is not None:
-                batches = itertools.islice(batches, self.batches_per_epoch - start)
+            if end is not None:
+                batches = itertools.islice(batches, end - start)
             if restore_random is not None and self._fetch_under is None:
                 if self._is_over(restore_random):
                     return
                 restore_random = None
-            yield from self._epoch(self._steps_of(batches), start, restore_random)
+            yield from self._epoch(self._steps_of(batches), progress, left_out, end, restore_random)
             restore_random = None
+            if self.goes_back is not None:
+                restore_random, self.goes_back = self.goes_back, None
+                del opened, batches
+                continue
             if progress.stopped_by is not None:  # before the first step
                 return
             if progress.epoch == epoch:
                 raise self._ended_early(progress)
-            if self.knows_length_from_user and next(opened, None) is not None:
+            if self.knows_length_from_user and end == self.batches_per_epoch and next(opened, None) is not None:
                 warnings.warn(
                     f"The training loader says that it has {self.batches_per_epoch} batches and gives more, which are left out. Its __len__ is "
                     "wrong, or several workers each yield the whole dataset (see torch.utils.data.get_worker_info).",
@@ -112,23 +123,51 @@ class TrainingData:
         return steps if self.ranks.parallel.cp == 1 else with_own_sequences(steps, self.ranks)
 
     def _epoch(
-        self, steps: Iterator[StepBatch], start: int, restore_random: Callable[[], None] | None
+        self,
+        steps: Iterator[StepBatch],
+        progress: Progress,
+        left_out: Sequence[tuple[int, int]],
+        end: int | None,
+        restore_random: Callable[[], None] | None,
     ) -> Iterator[StepBatch]:
-        if self.batches_per_epoch is None:
-            yield from self._looking_ahead(steps, restore_random)
+        passed = progress.batch
+        self._passed_over.clear()
+        if left_out:
+            steps = self._without(left_out, steps, passed)
+        if end is None:
+            yield from self._looking_ahead(steps, progress, restore_random)
             return
         if self.copies_ahead:
             steps = copied_ahead(steps, self.device, self.dtype)
         elif self.moves:
             steps = (self._moved(step) for step in steps)
-        passed = start
         for step in steps:
+            if left_out:
+                over = self._passed_over.popleft()
+                progress.batch += over
+                passed += over
             passed += len(step)
-            self.yielded, self.at_end = step, passed >= self.batches_per_epoch
+            self.yielded, self.at_end, self._loaded = step, passed >= end, None
             yield step
+            if self.goes_back is not None:
+                return
+
+    def _without(
+        self, left_out: Sequence[tuple[int, int]], steps: Iterator[StepBatch], start: int
+    ) -> Iterator[StepBatch]:
+        """Pass over the steps whose batches are left out. They are read, so what is drawn for them is drawn as ever; not at an epoch's end."""
+        over = 0
+        for step in steps:
+            if any(first <= start <= last for first, last in left_out):
+                over += len(step)
+            else:
+                self._passed_over.append(over)
+                over = 0
+                yield step
+            start += len(step)
 
     def _looking_ahead(
-        self, steps: Iterator[StepBatch], restore_random: Callable[[], None] | None
+        self, steps: Iterator[StepBatch], progress: Progress, restore_random: Callable[[], None] | None
     ) -> Iterator[StepBatch]:
         """Fetch one step ahead, since nothing else says which step is the last; keep the state from before that fetch."""
         if self._fetch_under is not None:
@@ -138,12 +177,15 @@ class TrainingData:
         if restore_random is not None and self._is_over(restore_random):
             return
         while following is not None:
+            progress.batch += self._passed_over.popleft() if self._passed_over else 0
             step, before, taken = following, self.source.state_dict(), snapshot()
             following = next(steps, None)
             self.at_end = following is None
             self._before_fetch = None if self.at_end else (before, taken)
-            self.yielded = self._moved(step) if self.moves else step
+            self.yielded, self._loaded = self._moved(step) if self.moves else step, None
             yield self.yielded
+            if self.goes_back is not None:
+                return
 
     def _is_over(self, restore_random: Callable[[], None]) -> bool:
         """Put the random states back, and do what an earlier session has left; whether the run is over with that."""
@@ -166,7 +208,9 @@ class TrainingData:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the source as it was at the last batch yielded."""
+        """Return the state of the source as it was at the last batch yielded; before the first as it was loaded."""
+        if self._loaded is not None:
+            return self._loaded
         if self._before_fetch is not None:
             before, taken = self._before_fetch
             return {**self._kind(), "source": before, "random": random_state(taken)}
@@ -176,7 +220,7 @@ class TrainingData:
         return {"kind": type(self.source).__name__, "batches": self.batches_per_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give the source its state back, before `steps` is called.
+        """Give the source its state back: before `steps` is called, or to go back.
 
         Raises:
             DataError: the data is not that of the run that goes on.
@@ -192,7 +236,19 @@ class TrainingData:
             raise DataError(
                 f"The run was made with {state['batches']} batches an epoch, and now there are {self.batches_per_epoch}. {advice}"
             )
-        self._fetch_under = state["random"]
+        self._fetch_under, self._before_fetch, self._loaded = state["random"], None, state
+
+
+def ranges_in(left_out: Sequence[Sequence[int]], epoch: int) -> list[tuple[int, int]]:
+    """Return the first and the last of the batches of an epoch that are left out."""
+    return [(first, last) for of_epoch, first, last in left_out if of_epoch == epoch]
+
+
+def end_without(left_out: Sequence[tuple[int, int]], batches: int) -> int:
+    """Return how many batches of an epoch there are up to the last that is not left out."""
+    while any(first < batches <= last + 1 for first, last in left_out):
+        batches -= 1
+    return batches
 
 
 def grouped(batches: Iterator[Taken], size: int) -> Iterator[StepBatch]:

@@ -174,10 +174,10 @@ def dealt(loader: Any, limit: int | float | None, ranks: Ranks) -> Dealt | None:
     return None
 
 
-def counted_or_not(own: Dealt, communicates: bool) -> Generator[tuple[Any, int], None, None]:
+def counted_or_not(own: Dealt, in_step: bool) -> Generator[tuple[Any, int], None, None]:
     """Yield a rank's batches with their samples, 0 for those that do not count.
 
-    Where ranks communicate in each, the last is repeated, without weight, until all ranks have had as many.
+    Where ranks go in step, the last is repeated, without weight, until all have had as many.
     """
     given, batch = 0, None
     for batch in own.batches:
@@ -186,7 +186,7 @@ def counted_or_not(own: Dealt, communicates: bool) -> Generator[tuple[Any, int],
         given += 1
     if given == 0:
         raise DataError("The loader to evaluate on gave no batch. It is empty, or can be iterated only once.")
-    for _ in range(own.most - given if communicates else 0):
+    for _ in range(own.most - given if in_step else 0):
         yield batch, 0
 
 

@@ -52,6 +52,9 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned, before `epoch` is called."""
 
+    def begin_anew(self) -> None:
+        """Be as in a new process, before `load_state_dict`: workers that persist end."""
+
     def close(self) -> None:
         """End the workers that were started here; left to the garbage collector, each would be waited for."""
 
@@ -140,6 +143,10 @@ class GlobalOrderSource:
             self.loader.dataset.seed = state["seed"]
         set_generators(self.generators, state["generators"])
 
+    def begin_anew(self) -> None:
+        """End workers that persist."""
+        self.loader._iterator = None
+
     def close(self) -> None:
         """Let go of the loader that was made here, and thereby of its workers."""
         del self.loader
@@ -205,6 +212,10 @@ class OwnOrderSource:
         self.order.drawn_under = state["drawn_under"]
         self.order.saved_generators = state["generators"]
         set_generators(self.order.generators, state["generators"])
+
+    def begin_anew(self) -> None:
+        """End workers that persist, and forget that they were started."""
+        self.loader._iterator, self.opened = None, False
 
     def close(self) -> None:
         """Let go of the loader that was made here, and thereby of its workers."""
@@ -308,6 +319,9 @@ class StatefulSource:
         self.loader.load_state_dict(state["loader"])
         self.ended, self.loaded = state["ended"], True
 
+    def begin_anew(self) -> None:
+        """Do nothing: the loader is the user's, and keeps no workers that were started here."""
+
     def close(self) -> None:
         """Leave the loader, which is the user's, as it is."""
 
@@ -390,6 +404,9 @@ class IterableSource:
         """Begin the epoch that is skipped into under the states that were saved."""
         self.begun_under = state["begun_under"]
         set_generators(self.generators, state["generators"])
+
+    def begin_anew(self) -> None:
+        """Do nothing: the loader is the user's, and keeps no workers that were started here."""
 
     def close(self) -> None:
         """Leave the loader, which is the user's, as it is."""

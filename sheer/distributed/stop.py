@@ -1,6 +1,7 @@
-"""Ranks that stop at the same step when one of them is told to, and end when one of them fails: without a collective.
+"""Ranks that stop at the same point when one of them is told to, and end when one of them fails: without a collective.
 
-Each rank has a thread that looks into the store where the ranks have met, once a second. The step compares two integers.
+Each rank has a thread that looks into the store where the ranks have met, once a second. A rank can stop at the end of a step, and between two
+batches of a validation. It counts these points, of which all ranks pass the same, and compares two integers at each.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _agreements = itertools.count()  # every rank makes the same ones in the same or
 
 
 class StopAgreement:
-    """Leads all ranks to stop at the same step. Needs a process group; a rank alone agrees with itself.
+    """Leads all ranks to stop at the same point. Needs a process group; a rank alone agrees with itself.
 
     Args:
-        progress: its `step` is read; the loop counts it up at the start of each step.
+        progress: its `step` is read, to say where a rank is.
         rank: of this process.
         world_size: how many ranks there are.
         every: seconds between two looks at the store.
@@ -43,29 +44,33 @@ class StopAgreement:
     def __init__(
         self, progress: Progress, rank: int, world_size: int, every: float = 1.0, timeout: float = TIMEOUT
     ) -> None:
-        self.wait_at = sys.maxsize  # the first step at whose end the loop calls `wait`
+        self.wait_at = sys.maxsize  # the number of the first point at which the others are waited for
+        self._point = 0  # the number of the last one that was come to
         self._progress, self._rank, self._world_size = progress, rank, world_size
         self._every, self._timeout = every, timeout
         self._wanted: str | None = None  # why this rank was told to stop, until it has written that
         self._reason: str | None = None
-        self._last: int | None = None  # the step to stop at, once it is agreed
+        self._last: int | None = None  # the point to stop at, once it is agreed
         self._published = self._stuck = False
         self._answered = self._news = 0
         self._look_again = (-1, 0.0)  # the step, and when a hang is to be looked for in it
         self._agreed, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="sheer-stop", daemon=True)
 
-    def heard(self, step: int, decided: str | None, received: str | None) -> str | None:
-        """Return why the run stops at the end of this step: what all ranks have decided, or what any of them was told.
+    def heard(self, decided: str | None, received: str | None) -> str | None:
+        """Return why the run stops at this point: what all ranks have decided, or what any of them was told.
 
         Args:
-            step: the one that ends.
             decided: by all ranks alike.
             received: by this rank, from outside.
+
+        Raises:
+            TimeoutError: a rank did not say in time where it can stop; the others are named.
         """
+        self._point += 1
         if received is not None:
             self.request(received)
-        return decided if decided is not None or step < self.wait_at else self.wait(step)
+        return decided if decided is not None or self._point < self.wait_at else self._wait()
 
     def start(self) -> None:
         """Begin to look for requests."""
@@ -106,17 +111,13 @@ class StopAgreement:
         elif self._wanted is None:
             self._wanted = reason
 
-    def wait(self, step: int) -> str | None:
-        """Wait until all ranks have said at which step they can stop; returns why to stop, or None to go on until `wait_at`.
-
-        Raises:
-            TimeoutError: a rank did not say so in time; the others are named.
-        """
+    def _wait(self) -> str | None:
+        """Wait until all ranks have said at which point they can stop; returns why to stop, or None to go on until `wait_at`."""
         if self._last is None and not self._agreed.wait(self._timeout):
             raise TimeoutError(f"The ranks were to stop, and one did not answer.\n{self.stragglers()}")
         assert self._last is not None
         self.wait_at = self._last
-        return self._reason if step >= self._last else None
+        return self._reason if self._point >= self._last else None
 
     def failed(self, text: str) -> None:
         """Tell the other ranks that this one has failed; they end, and note the first line of `text`.
@@ -199,20 +200,20 @@ class StopAgreement:
             self._publish()
 
     def _publish(self) -> None:
-        """Choose a step at whose end the loop will surely look at `wait_at`, and tell the others."""
+        """Choose a point at which the loop will surely look at `wait_at`, and tell the others."""
         ahead = 1
         while True:
-            # The loop looks at wait_at at the end of a step, and counts the next only after that. So while `step` is below
-            # what was written to wait_at before `step` was read, that step has not begun, and its end will see wait_at.
-            self.wait_at = self._progress.step + ahead
-            if self._progress.step < self.wait_at:
+            # The loop counts a point, then looks at wait_at. So while the count is below what was written to wait_at before
+            # the count was read, that point has not been come to, and wait_at will be seen there.
+            self.wait_at = self._point + ahead
+            if self._point < self.wait_at:
                 break
             ahead *= 2
         self._store.set(f"boundary/{self._rank}", str(self.wait_at))
         self._published = True
 
     def _conclude(self) -> None:
-        """Once all ranks have told theirs, the largest step is the one to stop at."""
+        """Once all ranks have told theirs, the largest is the point to stop at."""
         keys = [f"boundary/{rank}" for rank in range(self._world_size)]
         if self._store.check(keys):
             self._last = max(int(value) for value in self._store.multi_get(keys))

@@ -136,6 +136,11 @@ def refuse(script: Script, facts: Facts) -> None:
             f"{script.path}: cuda_graph=True has no form without the library yet. Eject with cuda_graph=False: the steps are the same, but for "
             "the time between their kernels."
         )
+    if isinstance(facts.settings["nonfinite"], dict):
+        raise Refusal(
+            f'{script.path}: nonfinite=Rollback(...) has no form without the library yet. Eject with nonfinite="raise": where no step is bad, the steps '
+            "are the same."
+        )
     if facts.settings["autotune"]:
         raise Refusal(
             f"{script.path}: autotune=True measures, and a script without the library cannot. `sheer autotune {script.path}` says what to write "

@@ -302,5 +302,5 @@ class Gradients:
 def as_planned(call: Call) -> Settings:
     """Return the settings without what needs values: where steps of bad gradients are skipped, their norm is computed all the same."""
     given = call.settings
-    clip = given.gradient_clip_val or (1.0 if given.nonfinite == "skip" else None)
+    clip = given.gradient_clip_val or (1.0 if given.nonfinite not in ("raise", "ignore") else None)
     return dataclasses.replace(given, nonfinite="ignore", gradient_clip_val=clip)

@@ -28,7 +28,7 @@ from sheer.plugins import Plugins
 from sheer.random import random_state, set_random_state
 from sheer.run import Run
 from sheer.scripts import Call
-from sheer.settings import Settings
+from sheer.settings import Settings, without_rollback
 from sheer.speed.ways import Way, fuse
 
 ROUND = 10  # steps between two log points: the first of a round is not measured, for the host waited before it
@@ -121,6 +121,7 @@ def settings_of_trial(settings: Settings, folder: str) -> Settings:
         max_epochs=None,
         max_time=None,
         checkpoint=None,
+        nonfinite=without_rollback(settings),
         resume=None,
         run_dir=str(Path(folder, "run")),
         monitor=None,

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import sheer
-from tests.distributed.task import train
+from tests.distributed.task import Net, step, train
 from tests.ranks import run_on_ranks
 
 SCRIPT = """
@@ -143,3 +145,53 @@ def asked_by_a_callback() -> tuple[int, str]:
 def test_a_callback_of_one_rank_stops_all() -> None:
     first, second = run_on_ranks(2, asked_by_a_callback)
     assert first == second and first[1] == "enough" and 5 <= first[0] < 5000
+
+
+def told_in_a_validation(parallel: Any) -> tuple[int, int, int, dict[str, Any], dict[str, Any]]:
+    """Tell one rank to stop in the middle of a validation; return where that left it, and the runs with and without the stop."""
+    evaluated, told = 0, False
+
+    def slow(model: Any, batch: Any) -> Any:
+        nonlocal evaluated
+        if not model.training and told:
+            evaluated += 1
+            if evaluated == 5 and int(os.environ["RANK"]) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.15)
+        return step(model, batch)
+
+    def run(folder: str) -> dict[str, Any]:
+        return train(
+            parallel,
+            run_step=slow,
+            max_steps=6,
+            validate_every_n_steps=3,
+            val_loader=lambda dataset: DataLoader(dataset, batch_size=1),  # 100 batches
+            limit_val_batches=99,  # one rank has 50, the other 49
+            make=lambda: torch.nn.Sequential(Net(), torch.nn.Dropout(0.2)),
+            folder=folder,
+            checkpoint=True,
+            resume="auto",
+        )
+
+    whole = run("runs/whole")
+    told = True
+    status = 0
+    try:
+        run("runs/here")
+    except SystemExit as left:
+        status = int(left.code or 0) + 1000
+    told = False
+    state = json.loads(Path("runs/here/checkpoints/last/manifest.json").read_text())
+    return status, evaluated, state["step"], run("runs/here"), whole
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_validation_is_left_at_the_same_batch_by_all_ranks_and_run_again_whole(parallel: str) -> None:
+    ends = run_on_ranks(2, told_in_a_validation, parallel)
+    for status, evaluated, saved_at, again, whole in ends:
+        assert status == 1000, "0 is what tells the launcher that all is well"
+        assert 5 <= evaluated < 49 and evaluated == ends[0][1]
+        assert saved_at == 3
+        assert again["lines"] == whole["lines"] and again["metrics"] == whole["metrics"]
+        assert all(torch.equal(again["weights"][name], value) for name, value in whole["weights"].items())

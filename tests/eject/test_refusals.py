@@ -34,6 +34,7 @@ def refused(text: str, folder: Path, name: str = "train.py") -> str:
         (script(f"max_steps=9, autotune=True, {OFF}"), "says what to write in its place"),
         (script(f"max_steps=9, compile=sheer.Compile(activation_memory_budget=0.5), {OFF}"), "Eject with compile=True"),
         (script(f"max_steps=9, cuda_graph=True, {OFF}"), "cuda_graph=True has no form without the library yet"),
+        (SMALL.replace("checkpoint=False", "nonfinite=sheer.Rollback()"), "nonfinite=Rollback(...) has no form without the library yet"),
         (SMALL + "print(sheer.find_lr)\n", "sheer.find_lr is used here, which has no form without the library"),
         (SMALL + "sheer.load_weights(model, 'w.safetensors', rename={'a': 'b'})\n", "load_weights(rename=...) has no form without the library"),
         (SMALL + "sheer.load_weights(model, 'w.ckpt')\n", "load_weights of 'w.ckpt' has no form without the library"),

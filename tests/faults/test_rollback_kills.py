@@ -1,0 +1,125 @@
+"""A run that goes back and is killed, before, in and behind that, goes on and ends as the one that was not killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import sheer
+import sheer.loop
+from tests.faults.killer import PLACES, Kill, Watched, die
+from tests.faults.runs import room, same
+from tests.faults.warm import Warm, fork
+from tests.rollback import Step, run
+from tests.task import loader
+
+pytestmark = pytest.mark.xdist_group("kills")
+
+NANS, SPIKE = [(0, 2), (1, 3)], [(2, 2)]
+
+
+class Steps(Step):
+    """NaN on two batches, a spike on a third."""
+
+    def __init__(self) -> None:
+        super().__init__(NANS)
+        self.spiking = Step(SPIKE, factor=1e4)
+
+    def __call__(self, net: nn.Module, batch: Any, step: int) -> Any:
+        return (
+            super().__call__(net, batch, step) if float(batch[0].sum()) in self.keys else self.spiking(net, batch, step)
+        )
+
+
+class DiesAt:
+    """Kills this process in the backward pass of a step, the n-th time that it is made."""
+
+    def __init__(self, step: int, time: int) -> None:
+        self.step, self.left = step, time
+
+    def on_gradients(self, step: int, model: nn.Module) -> None:
+        self.left -= step == self.step
+        if step == self.step and self.left == 0:
+            die()
+
+
+def train(
+    folder: str, kill: Kill | None = None, dies: tuple[int, int] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Train, or go on; return all that is left, and the calls that changed what is on the disk, `back` where the run went back."""
+    watched, go_back = Watched(folder, kill), sheer.loop.go_back
+    watched.install()
+
+    def noted(*given: Any) -> None:
+        watched.seen.append("back")
+        go_back(*given)
+        if kill is not None and kill.label == "back":
+            die()
+
+    sheer.loop.go_back = noted
+    left = run(
+        folder, Steps(), rollback=sheer.Rollback(spike=20.0), val=loader(32, shuffle=False), monitor="val/loss", validate_first=True,
+        callbacks=lambda: [sheer.EMA(0.9), *([DiesAt(*dies)] if dies is not None else [])],
+    )  # fmt: skip
+    return left, watched.seen
+
+
+def in_a_process(folder: str, kill: Kill | None = None, dies: tuple[int, int] | None = None) -> tuple[int | None, Any]:
+    child = fork(train, folder, kill, dies)
+    returned = None
+    while child.wait(0.01) is None:
+        returned = child.returned() or returned
+    return child.code, child.returned() or returned
+
+
+def compare() -> list[str]:
+    """Kill at calls behind each time that the run goes back, and in steps around them; return what was wrong."""
+    wrong = []
+    with tempfile.TemporaryDirectory(dir=room()) as folder:
+        os.chdir(folder)
+        code, told = in_a_process("whole")
+        if code != 0:
+            return [f"not killed at all: {code} {told}"]
+        whole, calls = told
+        backs = [at - number for number, at in enumerate(at for at, call in enumerate(calls) if call == "back")]
+        if len(backs) != 3:
+            return [f"it went back {len(backs)} times"]
+        kills: list[tuple[Kill | None, Any]] = [
+            (Kill("back", "after"), None),
+            (None, (2, 1)),
+            (None, (3, 2)),
+            (None, (10, 2)),
+            (None, (12, 1)),
+        ]
+        for number, at in enumerate(backs):  # the save that follows makes some 20 calls
+            kills += [(Kill("", PLACES[(number + ahead) % 3], at + ahead), None) for ahead in range(number, 24, 6)]
+        for number, (kill, dies) in enumerate(kills):
+            code, _ = in_a_process(f"run-{number}", kill, dies)
+            if code != -signal.SIGKILL:
+                wrong.append(f"{kill or dies}: it ended with {code}")
+            code, left = in_a_process(f"run-{number}")
+            try:
+                assert code == 0, f"{code}: {left}"
+                same(left[0], whole)
+            except AssertionError as error:
+                wrong.append(f"{kill or dies}: {error}; {Path('stderr.txt').read_text()[-500:]}")
+        os.chdir("/")
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    parent = Warm()
+    yield parent
+    parent.close()
+
+
+def test_a_run_that_goes_back_is_killed_around_it(warm: Warm) -> None:
+    assert warm.call(compare) == []
