@@ -26,8 +26,8 @@ class Progress:
     owes_validation: bool = False  # whether the run was stopped in a validation, which is to be run when it goes on
     scale: float = 1.0  # the factor of a gradient scaler after the last step
     rollbacks: int = 0  # how often the run went back to a checkpoint
-    left_out: list[list[int]] = dataclasses.field(default_factory=list)  # [epoch, first, last] of batches passed over
-    losses: list[float] = dataclasses.field(default_factory=list)  # of the last good steps, where spikes are looked for
+    left_out: list[list[int]] = field(default_factory=list)  # [epoch, first, last] of batches passed over
+    losses: list[float] = field(default_factory=list)  # of the last good steps, where spikes are looked for
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it."""
