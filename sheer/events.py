@@ -35,6 +35,11 @@ class RunInfo:
     ranks: Ranks | None = None  # those that train together, with their mesh; None: this process does alone
 
 
+def starts_anew(info: RunInfo) -> bool:
+    """Whether a run starts at its first step, so that a callback that was in another begins again."""
+    return info.start_step == 0
+
+
 class OnFitStart(Protocol):
     """Once, before the first step, after a checkpoint was restored; for callbacks with a state again where the run goes back to one."""
 
@@ -168,6 +173,16 @@ class Events:
     save: tuple[OnSave, ...] = ()
     fit_end: tuple[OnFitEnd, ...] = ()
     exception: tuple[OnException, ...] = ()
+
+
+def end_by_callbacks(events: Events) -> bool:
+    """Whether a run may end because a callback said so."""
+    return bool(events.validation_end or end_anywhere(events))
+
+
+def end_anywhere(events: Events) -> bool:
+    """Whether a run may end so on any step, not only behind a validation."""
+    return bool(events.step_end or events.epoch_end)
 
 
 EVENTS = tuple(f"on_{field.name}" for field in fields(Events))

@@ -21,6 +21,7 @@ from sheer.distributed.wrap import Parallelize
 from sheer.due import asked_for, duration_over, save_is_due, validation_is_due
 from sheer.errors import BadStepsError
 from sheer.evaluation import Evaluation, evaluate
+from sheer.events import end_anywhere, end_by_callbacks
 from sheer.garbage import collect_if_due
 from sheer.leaving import Told, before_validation
 from sheer.loss import Step
@@ -329,9 +330,9 @@ def validate(cfg: Settings, run: Run, validation: Evaluation) -> str | None:
     return first_of(run.ranks, stop)
 
 
-def report(run: Run, metrics: dict[str, float]) -> None:
+def report(run: Run, measured: dict[str, float]) -> None:
     """Hand metrics to the loggers and the console."""
-    record = {"epoch": run.progress.epoch, **metrics}
+    record = {"epoch": run.progress.epoch, **measured}
     run.loggers.log(run.progress.step, record)
     run.console.log(run.progress.step, record)
     run.progress.saved_at = -1
@@ -375,12 +376,12 @@ def finish(cfg: Settings, run: Run, validation: Evaluation | None, saved: bool =
     """
     progress, events = run.progress, run.events
     goes_on = is_signal(progress.stopped_by)
-    if (events.validation_end or events.step_end or events.epoch_end) and not goes_on:
+    if end_by_callbacks(events) and not goes_on:
         if cfg.cuda_graph:
             settle_graphs(run)
         if run.metrics:
             log_training(cfg, run)
-        if validation is not None and progress.validated_at != progress.step:
+        if validation is not None and end_anywhere(events) and progress.validated_at != progress.step:
             validate(cfg, run, validation)
     if cfg.checkpoint is not None and not saved:
         save_and_tell(cfg, run, wait=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -20,21 +19,21 @@ class Progress:
     last_skipped: int = 0  # the last of them
     seconds: float = 0.0  # time spent between the start and the last save, earlier sessions counted in
     stopped_by: str | None = None  # why the run ended; None: it has not
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation, or log point
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last validation, or log point
     validated_at: int = -1  # the step of that validation
     saved_at: int = -1  # the step whose checkpoint holds all of the run as it is now; -1: something came since
     micro_batch_size: int | None = None  # what they were halved to where memory ran out; None: it never did
     owes_validation: bool = False  # whether the run was stopped in a validation, which is to be run when it goes on
     scale: float = 1.0  # the factor of a gradient scaler after the last step
     rollbacks: int = 0  # how often the run went back to a checkpoint
-    left_out: list[list[int]] = dataclasses.field(default_factory=list)  # [epoch, first, last] of batches passed over
-    losses: list[float] = dataclasses.field(default_factory=list)  # of the last good steps, where spikes are looked for
+    left_out: list[list[int]] = field(default_factory=list)  # [epoch, first, last] of batches passed over
+    losses: list[float] = field(default_factory=list)  # of the last good steps, where spikes are looked for
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it."""
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        for own in dataclasses.fields(self):
+        for own in fields(self):
             setattr(self, own.name, state.get(own.name, getattr(self, own.name)))

@@ -97,7 +97,7 @@ def forget_copies(run: Run, checkpoint: Path | None) -> None:
 
 
 def restore(cfg: Settings, run: Run, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers, for `open_data`.
+    """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers.
 
     Raises:
         RunError: the checkpoint is of another model, optimizer or scheduler, or there is nothing left to train.
@@ -125,7 +125,7 @@ def restore(cfg: Settings, run: Run, path: Path, manifest: Mapping[str, Any]) ->
         run.averaging.load_averages(weights)
     told = is_signal(run.progress.stopped_by) or run.progress.stopped_by in DURATIONS
     if told or cfg.resume != "auto":
-        run.progress.stopped_by = duration_over(cfg, run)  # it may be longer now, or that of another run
+        run.progress.stopped_by = duration_over(cfg, run)  # it may be longer now
     if run.progress.owes_validation:  # the step that it was stopped in is to come to its end first
         run.progress.stopped_by = None
     if cfg.resume != "auto" and run.progress.stopped_by is not None:

@@ -102,12 +102,13 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def result_of(run: Run) -> Result:
     """Return how a run ended."""
+    best, last = run.saver.pointed_path("best"), run.saver.pointed_path("last")
     return Result(
         step=run.progress.step,
         epoch=run.progress.epoch,
         metrics=run.progress.metrics,
-        best=run.saver.pointed_path("best"),
-        last=run.saver.pointed_path("last"),
+        best=best,
+        last=last,
         stopped_by=run.progress.stopped_by or "",
         run_dir=run.info.run_dir,
     )

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sheer.errors import SettingsError, SheerWarning
-from sheer.events import RunInfo
+from sheer.events import RunInfo, starts_anew
 
 
 class EarlyStopping:
@@ -27,6 +27,9 @@ class EarlyStopping:
         SettingsError: an argument is out of range; at the start where there is no metric to follow; at a validation without it.
     """
 
+    follows: str  # from the start of the run on
+    _sign: float  # 1 where less is better, else -1
+
     def __init__(
         self,
         patience: int = 3,
@@ -41,7 +44,6 @@ class EarlyStopping:
         if mode not in (None, "min", "max"):
             raise SettingsError(f'EarlyStopping(mode={mode!r}): mode must be "min" or "max".')
         self.patience, self.min_delta, self.monitor, self.mode = patience, min_delta, monitor, mode
-        self.follows, self._sign = "", 1.0
         self._best, self._best_step, self._waited = math.inf, 0, 0
 
     def on_fit_start(self, model: nn.Module, optimizers: Mapping[str, Optimizer], info: RunInfo) -> None:
@@ -55,7 +57,7 @@ class EarlyStopping:
             raise SettingsError(
                 f'EarlyStopping(monitor={metric!r}) does not follow the trainer\'s metric, so it must say which way is better: mode="min" or "max".'
             )
-        if info.start_step == 0:
+        if starts_anew(info):
             self._best, self._best_step, self._waited = math.inf, 0, 0
         self.follows, self._sign = metric, 1.0 if (self.mode or info.monitor_mode) == "min" else -1.0
 
@@ -67,11 +69,7 @@ class EarlyStopping:
             )
         value = metrics[self.follows]
         if math.isnan(value):
-            warnings.warn(
-                f"{self.follows} is NaN at step {step}, which EarlyStopping counts as no improvement.",
-                SheerWarning,
-                stacklevel=2,
-            )
+            warnings.warn(f"{self.follows} is NaN at step {step}: no improvement.", SheerWarning, stacklevel=2)
         if self._sign * value < self._best - self.min_delta:
             self._best, self._best_step, self._waited = self._sign * value, step, 0
             return None

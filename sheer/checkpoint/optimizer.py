@@ -68,7 +68,7 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, saved: dict[str
     refuse_another_optimizer(optimizer, names, saved)
     index_of = {key: index for index, key in enumerate(names)}
     own_groups = optimizer.state_dict()["param_groups"]
-    groups = [{**group, "params": own["params"]} for own, group in zip(own_groups, saved["groups"], strict=True)]
+    groups = [{**of_saved, "params": own["params"]} for own, of_saved in zip(own_groups, saved["groups"], strict=True)]
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     values = {index_of[key]: like_its_parameter(value, held[index_of[key]]) for key, value in saved["state"].items()}
     optimizer.load_state_dict({"state": values, "param_groups": groups})

@@ -139,6 +139,8 @@ class GlobalOrderSource:
                 "same order. Put it back, or start a new run in another run_dir."
             )
         self.sampler.seed = state["seed"]
+        if isinstance(self.loader.dataset, SeededDataset):
+            self.loader.dataset.seed = state["seed"]
         set_generators(self.generators, state["generators"])
 
     def begin_anew(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from sheer.eject.fold import dotted
+from sheer.eject.expressions import dotted
 from sheer.eject.inline import Site, without_docstring
 from sheer.eject.program import Program
 from sheer.eject.scope import walk
@@ -52,7 +52,9 @@ class _Block:
         item = statement.items[0] if isinstance(statement, ast.With) and len(statement.items) == 1 else None
         if item is not None and item.context_expr is self.site.call and item.optional_vars is None:
             assert isinstance(statement, ast.With)
-            return self._entered(statement, body)
+            return self._entered(statement, body) or self._closed(statement, body)
+        if isinstance(statement, ast.With) and statement.items[0].context_expr is self.site.call:
+            return self._closed(statement, body)
         if isinstance(statement, ast.For) and statement.iter is self.site.call:
             return self._iterated(statement, body)
         return None
@@ -66,6 +68,25 @@ class _Block:
         at = next(index for index, part in enumerate(new) if _yielded(part) is not None)
         with_notes(statement.body[0], Notes(notes_of(statement).above, None, False))
         return [*new[:at], *statement.body, *new[at + 1 :]]
+
+    def _closed(self, statement: ast.With, body: list[ast.stmt]) -> list[ast.stmt] | None:
+        """Write `with closing(x)` for a context manager that only closes x in the end, behind what comes before its `yield`."""
+        last = body[-1]
+        if not isinstance(last, ast.Try) or last.handlers or statement.items[0].optional_vars is not None:
+            return None
+        closed = [
+            part.value for part in last.finalbody if isinstance(part, ast.Expr) and isinstance(part.value, ast.Call)
+        ]
+        if len(last.body) != 1 or _yielded(last.body[0]) is None or len(closed) != 1 or len(last.finalbody) != 1:
+            return None
+        if not isinstance(closed[0].func, ast.Attribute) or closed[0].func.attr != "close" or closed[0].args:
+            return None
+        *before, end = self.site.written_out(statement, body)
+        assert isinstance(end, ast.Try) and isinstance(end.finalbody[0], ast.Expr)
+        call = end.finalbody[0].value
+        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+        statement.items[0].context_expr = ast.Call(ast.Name("closing", ast.Load()), [call.func.value], [])
+        return [*before, with_notes(statement, Notes((), None, not before))]
 
     def _iterated(self, statement: ast.For, body: list[ast.stmt]) -> list[ast.stmt] | None:
         """Write the generator's loop, which ends in its only `yield`, with the block behind."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 
+from sheer.eject.expressions import dotted
 from sheer.eject.program import Program, arguments_of, drop_parameter, free_names
 from sheer.eject.scope import assignments, bound_in, fresh, parameters, substituted, walk
 
@@ -26,8 +27,10 @@ def bundle(program: Program, root: str) -> None:
     for name in members:
         _take_in(program, name, group, holder)
     _pass_on(program, fit, members, group, holder)
-    _make(fit, members, list(types), holder)
-    program.nodes["PlainRun"] = _record(types)
+    made = _made_anew(program, fit, types)
+    _make(fit, [name for name in types if name not in made], holder)
+    _read_from(fit, made, holder)
+    program.nodes["PlainRun"] = _record(types, made)
     program.nodes = {"PlainRun": program.nodes.pop("PlainRun"), **program.nodes}
 
 
@@ -108,7 +111,30 @@ def _pass_on(program: Program, fit: ast.FunctionDef, members: list[str], group: 
                 changed = True
 
 
-def _make(fit: ast.FunctionDef, members: list[str], names: list[str], holder: str) -> None:
+def _made_anew(program: Program, fit: ast.FunctionDef, names: Iterable[str]) -> dict[str, ast.expr]:
+    """Return what the record can make itself, as nothing is needed for it, and leave it out of `fit`."""
+    made: dict[str, ast.expr] = {}
+    for statement in list(fit.body):
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
+        value, name = getattr(statement, "value", None), target.id if isinstance(target, ast.Name) else ""
+        if name not in names:
+            continue
+        if isinstance(value, (ast.List, ast.Dict)) and not ast.unparse(value).strip("[]{}"):
+            made[name] = ast.Name("list" if isinstance(value, ast.List) else "dict", ast.Load())
+        elif isinstance(value, ast.Call) and not (value.args or value.keywords):
+            made |= {name: value.func} if dotted(value.func) in (*program.nodes, "time.monotonic") else {}
+        if name in made:
+            fit.body.remove(statement)
+    return made
+
+
+def _read_from(fit: ast.FunctionDef, made: Iterable[str], holder: str) -> None:
+    """Read what the record makes from it."""
+    values: dict[str, ast.expr] = {n: ast.Attribute(ast.Name(holder, ast.Load()), n, ast.Load()) for n in made}
+    fit.body = substituted(fit.body, values)
+
+
+def _make(fit: ast.FunctionDef, names: list[str], holder: str) -> None:
     """Make the record in `fit`, behind the last of what is in it."""
     own = {p.arg for p in parameters(fit)}
     last = max(
@@ -121,10 +147,13 @@ def _make(fit: ast.FunctionDef, members: list[str], names: list[str], holder: st
     )
 
 
-def _record(types: dict[str, ast.expr | None]) -> ast.ClassDef:
-    fields: list[ast.stmt] = [
-        ast.AnnAssign(ast.Name(name, ast.Store()), kind or ast.Name("Any", ast.Load()), None, 1)
-        for name, kind in types.items()
-    ]
+def _record(types: dict[str, ast.expr | None], made: Mapping[str, ast.expr]) -> ast.ClassDef:
+    fields: list[ast.stmt] = []
+    for name in sorted(types, key=made.__contains__):  # those with defaults come last
+        default = None
+        if name in made:
+            default = ast.Call(ast.Name("field", ast.Load()), [], [ast.keyword("default_factory", made[name])])
+        kind = types[name] or ast.Name("Any", ast.Load())
+        fields.append(ast.AnnAssign(ast.Name(name, ast.Store()), kind, default, 1))
     docstring = ast.Expr(ast.Constant("What the functions below work on."))
     return ast.ClassDef("PlainRun", [], [], [docstring, *fields], [ast.Name("dataclass", ast.Load())])

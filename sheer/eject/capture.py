@@ -244,6 +244,7 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
     from sheer.build import takes_step_number
     from sheer.data.choose import make_source
     from sheer.events import named
+    from sheer.run import tensors_of
 
     model, loader, val_loader = (arguments.get(name) for name in ("model", "train_loader", "val_loader"))
     optimizers = list(arguments.get("optimizers", {"optimizer": arguments.get("optimizer")}).values())
@@ -256,7 +257,7 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
     evaluated = [each for each in values_of(val_loader) if each is not None]
     evaluated += [each for part in (*more_loaders, *arguments.get("val_loaders", [])) for each in values_of(part)]
     loaders = [*values_of(loader), *evaluated] if loader is not None else evaluated
-    structures = {structure_of(each) for each in loaders} if not arguments.get("own_batches") else {""}
+    structures = {structure_of(each) for each in loaders}
     callbacks = list(trainer.plugins.callbacks)
     labels = labels_of([*callbacks, *trainer.plugins.loggers])
     state_names = {
@@ -293,12 +294,19 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
         is_training=model is not None and model.training,
         has_hparams=trainer.plugins.hparams is not None,
         parallel=parallel_of(trainer.settings.parallel),
+        has_extra=model is None or len(tensors_of(model)) != len(model.state_dict()),
         has_buffers=model is not None and any(True for _ in model.buffers()),
+        stops=tuple(
+            event
+            for event in ("validation_end", "step_end", "epoch_end")
+            if any(may_stop(getattr(callback, f"on_{event}", None)) for callback in callbacks)
+        ),
         stops_alone=next((type(c).__name__ for c in callbacks if may_stop(getattr(c, "on_step_end", None))), ""),
         refused_on_ranks=refused_on_ranks(model, evaluated, arguments.get("parallelize")),
-        plain_data=is_plain_data(loader, type(source).__name__, trainer.settings)
-        and not any(each is loader for each in evaluated),
+        plain_data=(plain_data := is_plain_data(loader, type(source).__name__, trainer.settings)),
+        reads=tuple(reads_of(loader)) if plain_data else (),
         batch=structures.pop() if len(structures) == 1 else "",
+        own_batches=bool(arguments.get("own_batches")),
         returns="Mapping" if all(returns_mapping(s) for own in steps.values() for s in own if s is not None) else "",
         uses=("computed",) if keeps_metrics() else (),
         total_steps=total_steps(trainer, loader) if loader is not None else None,
@@ -365,32 +373,32 @@ def values_of(loaders: Any) -> list[Any]:
 
 
 def structure_of(loader: Any) -> str:
-    """Return what the batches of a loader are: a "list" or "dict" of tensors, a "tensor", or "" for all else."""
+    """Return what the batches of a loader are: a "list", "tuple" or "dict" of tensors, a "tensor", or "" for all else."""
     from torch import Tensor
     from torch.utils.data import DataLoader, IterableDataset
 
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return ""
     batch = loader.collate_fn([loader.dataset[0]])
-    parts = batch.values() if type(batch) is dict else batch if type(batch) is list else [batch]
+    parts = batch.values() if type(batch) is dict else batch if type(batch) in (list, tuple) else [batch]
     if not all(isinstance(part, Tensor) and part.dim() > 0 for part in parts) or not parts:
         return ""
-    if type(batch) in (dict, list):
-        return type(batch).__name__
-    return "tensor" if isinstance(batch, Tensor) else ""
+    return "tensor" if isinstance(batch, Tensor) else type(batch).__name__
 
 
 def is_plain_data(loader: Any, source: str, settings: Any) -> bool:
-    """Whether the plain twin reads a training loader as the library does: in the shuffled default order, in this process."""
-    from torch.utils.data import RandomSampler
+    """Whether a plain twin reads a training loader as the library does: one in its default order, with the common options."""
+    from torch.utils.data import RandomSampler, SequentialSampler
 
     from sheer.data.order import INDEXED_ABOVE
 
     return (
         source == "GlobalOrderSource"
-        and type(loader.sampler) is RandomSampler
-        and loader.generator is loader.sampler.generator is None
-        and loader.num_workers == 0
+        and type(loader.sampler) in (RandomSampler, SequentialSampler)
+        and loader.generator is getattr(loader.sampler, "generator", None) is None
+        and loader.timeout == 0
+        and loader.multiprocessing_context is None
+        and loader.in_order
         and loader.batch_size is not None
         and len(loader.dataset) <= INDEXED_ABOVE
         and settings.limit_train_batches is None
@@ -398,6 +406,20 @@ def is_plain_data(loader: Any, source: str, settings: Any) -> bool:
         and not settings.precision.endswith("64-true")
         and not settings.precision.endswith("bf16-true")
     )
+
+
+def reads_of(loader: Any) -> Iterator[str]:
+    """Yield what a plain twin need know of a training loader."""
+    from torch.utils.data import RandomSampler, Subset
+
+    if type(loader.sampler) is RandomSampler:
+        yield "shuffled"
+    if loader.num_workers > 0:
+        yield "workers"
+        if loader.persistent_workers:
+            yield "persistent"
+        if hasattr(loader.dataset, "__getitems__") and not isinstance(loader.dataset, Subset):
+            yield "together"
 
 
 def returns_mapping(step: Any) -> bool:

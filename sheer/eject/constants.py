@@ -5,17 +5,19 @@ from __future__ import annotations
 import ast
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from sheer.eject.fold import Known, dotted, fold, is_constant, is_pure
+from sheer.eject.expressions import dotted, is_constant, is_pure
+from sheer.eject.fold import Known, fold
 from sheer.eject.inline import without_docstring
-from sheer.eject.program import Program, arguments_of, drop_parameter
+from sheer.eject.program import Program, arguments_of, drop_parameter, replace_argument, replace_parameter
 from sheer.eject.records import fields_of, holders_of
-from sheer.eject.scope import assignments, default_of, parameters, reads, walk
+from sheer.eject.scope import assignments, bodies_of, bound_in, default_of, parameters, reads, walk
+from sheer.eject.source import notes_of, with_notes
 
 _OTHERS = (dict, list, set, str, bytes, tuple, Path, torch.Tensor, nn.Module, torch.optim.Optimizer)
 
@@ -38,6 +40,68 @@ def bind_methods(program: Program, known: Known, kept: Set[str] = frozenset()) -
                 method.args.args.insert(0, own)
 
 
+def pass_fields(program: Program, records: Sequence[str], kept: Set[str]) -> None:
+    """Give methods that only read fields of a record these fields, so that no object needs the record as a whole."""
+    for node in [node for node in program.nodes.values() if isinstance(node, ast.ClassDef)]:
+        for method in (m for m in node.body if isinstance(m, ast.FunctionDef) and m.name not in kept):
+            for parameter in parameters(method)[1:]:
+                record = program.nodes.get(dotted(parameter.annotation or parameter) or "")
+                if isinstance(record, ast.ClassDef) and record.name in records:
+                    _pass_fields_of(program, node, method, parameter, record)
+
+
+def _pass_fields_of(
+    program: Program, node: ast.ClassDef, method: ast.FunctionDef, parameter: ast.arg, record: ast.ClassDef
+) -> None:
+    uses = [n for n in walk(method.body) if isinstance(n, ast.Name) and n.id == parameter.arg]
+    read = [
+        n for n in walk(method.body) if isinstance(n, ast.Attribute) and n.value in uses and isinstance(n.ctx, ast.Load)
+    ]
+    names = [name for name in fields_of(record) if name in {n.attr for n in read}]
+    calls = _calls(program, node, method)
+    if len(uses) != len(read) or {n.attr for n in read} - set(names) or set(names) & bound_in(method) or not calls:
+        return
+    if not _all_are_told_apart(program, node, method.name, calls):
+        return
+    bare = copy.copy(method)
+    bare.args = copy.copy(method.args)
+    bare.args.args = method.args.args[1:]
+    given = [(arguments_of(call, bare) or {}).get(parameter.arg) for call in calls]
+    if any(value is None or dotted(value) is None for value in given):
+        return
+    for call, value in zip(calls, given, strict=True):
+        assert value is not None
+        replace_argument(call, value, names, [ast.Attribute(copy.deepcopy(value), name, ast.Load()) for name in names])
+    method.body = [_Fields(parameter.arg).visit(statement) for statement in method.body]
+    new = [ast.arg(name, copy.deepcopy(fields_of(record)[name].annotation)) for name in names]
+    replace_parameter(method, parameter.arg, new)
+
+
+def _all_are_told_apart(program: Program, node: ast.ClassDef, name: str, calls: list[ast.Call]) -> bool:
+    """Whether each method of a name that is called is one of these, or known to be that of another class."""
+    known = {id(call.func) for call in calls}
+    others = [part.name for part in program.nodes.values() if isinstance(part, ast.ClassDef) and part is not node]
+    return all(
+        id(use) in known or any(_is_of(program, function, use.value, other) for other in others)
+        for function in program.functions()
+        for use in walk(function.body)
+        if isinstance(use, ast.Attribute) and use.attr == name
+    )
+
+
+class _Fields(ast.NodeTransformer):
+    """Reads names in place of a record's fields."""
+
+    def __init__(self, holder: str) -> None:
+        self.holder = holder
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        if isinstance(node.value, ast.Name) and node.value.id == self.holder:
+            return ast.Name(node.attr, ast.Load())
+        self.generic_visit(node)
+        return node
+
+
 def drop_idle_methods(program: Program, kept: Set[str]) -> None:
     """Leave out calls of methods that have nothing left to do."""
     for node in [node for node in program.nodes.values() if isinstance(node, ast.ClassDef)]:
@@ -55,6 +119,33 @@ class _Without(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> ast.stmt | None:
         return ast.Pass() if id(node.value) in self.gone else node
+
+
+def call_for_nothing(program: Program) -> None:
+    """Write `x = f() or y`, where f is a method that returns nothing, as two statements."""
+    idle = {
+        (node.name, part.name)
+        for node in program.nodes.values()
+        if isinstance(node, ast.ClassDef)
+        for part in node.body
+        if isinstance(part, ast.FunctionDef) and is_constant(part.returns, None)
+    }
+    for function in program.functions():
+        for body in bodies_of(function):
+            for index in range(len(body) - 1, -1, -1):
+                statement = body[index]
+                value = statement.value if isinstance(statement, ast.Assign) else None
+                if not (isinstance(value, ast.BoolOp) and isinstance(value.op, ast.Or)):
+                    continue
+                called = value.values[0]
+                if isinstance(called, ast.Call) and isinstance(called.func, ast.Attribute):
+                    owner, name = called.func.value, called.func.attr
+                    if any(name == own and _is_of(program, function, owner, kind) for kind, own in idle):
+                        rest = value.values[1] if len(value.values) == 2 else ast.BoolOp(ast.Or(), value.values[1:])
+                        assert isinstance(statement, ast.Assign)
+                        notes = notes_of(statement)
+                        new = ast.Assign(statement.targets, rest)
+                        body[index : index + 1] = [with_notes(ast.Expr(called), notes), new]
 
 
 def _without_unread(method: ast.FunctionDef, calls: list[ast.Call]) -> None:
@@ -188,23 +279,29 @@ def fold_attributes(program: Program, known: Known, kept: Set[str] = frozenset()
     for node in list(program.nodes.values()):
         if not isinstance(node, ast.ClassDef) or _sets_by_name(node):
             continue
-        candidates = [*_set_in_init(node), *_defaults(program, node)] if node.body else []
+        candidates = [*_set_in(node), *_defaults(program, node)] if node.body else []
         for name, value in candidates:
-            constant = isinstance(value, ast.Constant) or (isinstance(value, ast.Name) and value.id in known.constants)
+            constant = isinstance(_without_sign(value), ast.Constant) or (
+                isinstance(value, ast.Name) and value.id in known.constants
+            )
             if constant and name not in kept and stored[name] == given[name, ast.dump(value)]:
                 for function in program.functions():
                     for holder in holders_of(program, function, node.name) + ["self"] * (function in node.body):
                         function.body = fold(function.body, Known({f"{holder}.{name}": value})) or [ast.Pass()]
 
 
+def _without_sign(value: ast.expr) -> ast.expr:
+    return value.operand if isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.USub) else value
+
+
 def _sets_by_name(node: ast.ClassDef) -> bool:
     return any(isinstance(n, ast.Name) and n.id == "setattr" for n in walk([node]))
 
 
-def _set_in_init(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
-    """Yield what a constructor always gives to attributes."""
+def _set_in(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
+    """Yield what methods give to attributes; one that is read before it has none would be an error."""
     for method in node.body:
-        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+        if isinstance(method, ast.FunctionDef):
             yield from _given(method.body)
 
 

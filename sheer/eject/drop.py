@@ -6,7 +6,7 @@ import ast
 from collections.abc import Set
 from dataclasses import dataclass
 
-from sheer.eject.fold import dotted
+from sheer.eject.expressions import dotted
 from sheer.eject.program import Program
 from sheer.eject.scope import walk
 from sheer.eject.source import Notes, notes_of, with_notes

@@ -181,7 +181,10 @@ def assembled(
     roots = [names[name] for name in (*used.values(), *dict.fromkeys(old_names.values()))]
     nodes = emit.in_order(program, roots)
     lifted = emit.lifted_imports(nodes, script.names())
+    own_constants = [node for node in nodes if emit.is_number_or_text(node)]
+    nodes = [node for node in nodes if node not in own_constants]
     constants = emit.constants_of(nodes, settings, emit.comments_of(library, constant_name), Path(facts.file).stem)
+    constants += [emit.written([node]) for node in own_constants]
     imports = emit.imports_of(nodes, library, [name.split(" = ")[0] for name in constants], lifted)
     have = script.import_statements()
     new_imports = [statement for statement in [*imports, *rewrite.seeds()] if statement not in have]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 
+from sheer.eject.expressions import is_constant
 from sheer.eject.program import BUILTINS, Program, Refusal, free_names
 from sheer.eject.scope import bound_in, walk
 from sheer.eject.source import Definition, imported, notes_of, unparse
@@ -159,6 +160,7 @@ def imports_of(
         for name, statement in definition.imports.items():
             if "sheer" not in statement:
                 available.setdefault(name, statement)
+    available |= {"closing": "from contextlib import closing"}  # what `inline_blocks` may write
     defined = {name for node in nodes for name in _defined(node)} | set(known)
     needed = [name for node in nodes for name in free_names(node) if name not in defined and name not in BUILTINS]
     missing = [name for name in dict.fromkeys(needed) if name not in available]
@@ -213,6 +215,12 @@ def described(settings: Mapping[str, object]) -> str:
         elif value != defaults[name]:
             said.append(f"{name}={'False' if name == 'checkpoint' else repr(value)}")
     return ", ".join(said)
+
+
+def is_number_or_text(node: ast.stmt) -> bool:
+    """Whether a definition is that of a number, a text, or a few of them."""
+    value = node.value if isinstance(node, ast.Assign) else None
+    return is_constant(value) or (isinstance(value, ast.Tuple) and all(map(is_constant, value.elts)))
 
 
 def written(nodes: Sequence[ast.stmt]) -> str:

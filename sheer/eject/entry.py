@@ -6,9 +6,9 @@ import ast
 import copy
 from collections.abc import Sequence, Set
 
+from sheer.eject.expressions import dotted, is_constant
 from sheer.eject.facts import Facts, Other
-from sheer.eject.fold import dotted, is_constant
-from sheer.eject.knowledge import argument_name, marked
+from sheer.eject.knowledge import argument_name, data_twins, marked
 from sheer.eject.rewrite import Rewrite, is_literal
 from sheer.eject.scope import fresh, parameters, substituted, walk
 
@@ -164,16 +164,17 @@ def evaluation(other: Other, call: ast.Call, rewrite: Rewrite, name: str) -> ast
         event: ", ".join(marked(c.label) for c in facts.callbacks if event in c.events and not (loads and c.averages))
         for event in ("evaluation_start", "evaluation_end")
     }
-    told = [marked(logger.label) for logger in facts.loggers] if is_later and other.kind != "predict" else []
+    loggers = {marked(logger.label): logger for logger in facts.loggers if is_later and other.kind != "predict"}
+    told = list(loggers)
     parameters = ["model: nn.Module", "step_function: Any", "loader: Any"]
     parameters += ["checkpoint: Any"] * (loads and not is_literal(checkpoint or call))
     parameters += ["limit_batches: Any"] * (limit is not None and not is_literal(limit))
     kind = "Result" if facts.kind == "fit" else "PlainLoop"
     parameters += [f"result: {kind}"] * ((is_later and other.kind != "predict") or loads)
-    parameters += ["info: RunInfo"] * bool(told and other.kind != "predict")
-    parameters += [
-        f"{plugin}: Any" for plugin in dict.fromkeys([*", ".join(events.values()).split(", "), *told]) if plugin
-    ]
+    parameters += ["info: RunInfo"] * (not all(map(facts.reopens, loggers.values())))
+    kinds = {marked(p.label): p.name if p.is_ours else "Any" for p in (*facts.callbacks, *facts.loggers)}
+    plugins = dict.fromkeys([*", ".join(events.values()).split(", "), *told])
+    parameters += [f"{plugin}: {kinds[plugin]}" for plugin in plugins if plugin]
     most = "None" if limit is None else ast.unparse(limit)
     which = getattr(checkpoint, "value", "")
     source = repr(which) if loads and is_literal(checkpoint or call) else "checkpoint"
@@ -194,7 +195,8 @@ def evaluation(other: Other, call: ast.Call, rewrite: Rewrite, name: str) -> ast
         lines += ["metrics = evaluate(model, evaluation, compute, events, 0, {})"]
         lines += ["plain_report(result, metrics)"] * is_later
         for logger in told:
-            lines += [f"{logger}.start(info)", f"{logger}.log(result.step, metrics)", f"{logger}.close()"]
+            again = "start_again(result.run_dir)" if facts.reopens(loggers[logger]) else "start(info)"
+            lines += [f"{logger}.{again}", f"{logger}.log(result.step, metrics)", f"{logger}.close()"]
         lines += ["return metrics"]
         said, returned = "Return the means of what a step returns, over all batches of a loader.", "dict[str, float]"
     body = "\n    ".join([f'"""{said}"""', *lines])
@@ -223,16 +225,15 @@ class _PlainData(ast.NodeTransformer):
     """Reads the training data by a plain twin: one that can only start anew, or one that goes on at any position."""
 
     def __init__(self, facts: Facts) -> None:
-        self.goes_on = facts.settings["resume"] is not None or facts.settings["checkpoint"] is not None
+        self.data = data_twins(facts)["TrainingData"]
         self.groups = facts.settings["accumulate_grad_batches"] > 1
         self.shares = facts.parallel is not None
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt:
         if isinstance(node.value, ast.Call) and dotted(node.value.func) == "training_data":
             size = "cfg.accumulate_grad_batches"
-            if self.goes_on:
-                text = f"PlainData(train_loader, compute.device, {size})"
-            else:
+            text = f"{self.data}(train_loader, compute.device, {size})"
+            if self.data == "PlainLength":
                 text = (
                     f"PlainLength(-(-len(train_loader) // {size}))" if self.groups else "PlainLength(len(train_loader))"
                 )
@@ -245,7 +246,7 @@ class _PlainData(ast.NodeTransformer):
         if self.shares:
             return self._shared(node, node.target.id)
         text = "plain_epochs(train_loader, compute.device)"
-        if self.goes_on:
+        if self.data != "PlainLength":
             text = "train.epochs(run.progress.epoch, run.progress.batch, restore_random)"
         if self.groups:
             text = f"plain_grouped({text}, cfg.accumulate_grad_batches)"

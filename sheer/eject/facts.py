@@ -58,21 +58,38 @@ class Facts:
     numbered: tuple[str, ...] = ()  # of step and eval_step those that take the step's number
     has_hparams: bool = False
     has_buffers: bool = True  # whether the model has any, which ranks make the same before they are used
+    has_extra: bool = True  # whether the state of the model has more than tensors
     skips: bool = False  # whether resume_by_skipping was set
     is_abstract: bool = False  # whether some of the model is on the meta device
     is_training: bool = False  # whether the model is in train mode
     val_names: tuple[str, ...] | None = None  # of a dict of validation loaders
-    batch: str = ""  # what a batch is: a "list" or "dict" of tensors, a "tensor"; "" for all else
+    batch: str = ""  # what a batch is: a "list", "tuple" or "dict" of tensors, a "tensor"; "" for all else
+    own_batches: bool = False  # whether a loop of one's own trains on other batches than the loader's
+    reads: tuple[
+        str, ...
+    ] = ()  # of "shuffled", "workers", "persistent" and "together" what holds of a plain training loader
     plain_data: bool = False  # whether the training loader is one that the plain twin reads
     returns: str = ""  # "Mapping" where the step is seen to return one
     uses: tuple[str, ...] = field(default=())  # of "Mean", "media" and "computed" what metrics may be
     parallel: dict[str, Any] | None = None  # how several ranks are used; None: the script is for one process
+    stops: tuple[
+        str, ...
+    ] = ()  # of "validation_end", "step_end" and "epoch_end" those by which a callback may end the run
     stops_alone: str = ""  # the class of a callback that may end the run by what it returns from on_step_end
     refused_on_ranks: str = ""  # what of the objects that were passed has no form on several ranks
     others: tuple[Other, ...] = ()
     total_steps: int | None = None
     arguments: tuple[str, ...] = ()  # of the script
     modules: tuple[str, ...] = ()  # modules of the user's own that import the library, each with the line
+
+    @property
+    def plain_board(self) -> bool:
+        """Whether TensorBoard gets numbers alone."""
+        return not self.has_hparams and "media" not in self.uses
+
+    def reopens(self, logger: Plugin) -> bool:
+        """Whether a logger can be opened again with nothing but the folder of the run."""
+        return logger.name == "TensorBoard" and logger.is_ours and self.plain_board
 
     def to_json(self) -> str:
         """Write the facts down."""
@@ -89,7 +106,7 @@ class Facts:
         values["others"] = tuple(
             Other(Span(*other["call"]), other["kind"], other["numbered"]) for other in values["others"]
         )
-        for name in ("none", "functions", "numbered", "uses", "arguments", "modules"):
+        for name in ("none", "functions", "numbered", "reads", "stops", "uses", "arguments", "modules"):
             values[name] = tuple(values[name])
         if values["val_names"] is not None:
             values["val_names"] = tuple(values["val_names"])

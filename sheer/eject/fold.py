@@ -9,7 +9,18 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sheer.eject.scope import walk
+from sheer.eject.expressions import (
+    bindings,
+    condition,
+    dotted,
+    elements,
+    is_constant,
+    is_pure,
+    is_value_of_torch,
+    item_of,
+    negated,
+    truth,
+)
 from sheer.eject.source import Notes, notes_of, with_notes
 
 Display = ast.Tuple | ast.List | ast.Dict | ast.Set
@@ -24,12 +35,6 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Is: operator.is_,
     ast.IsNot: operator.is_not,
 }
-
-
-_READS = (
-    ast.Name, ast.Attribute, ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Subscript, ast.Slice,
-    ast.IfExp, ast.JoinedStr, ast.FormattedValue, ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,74 +83,6 @@ def fold_expression(expression: ast.expr, known: Known) -> ast.expr:
     """Return an expression with what is known put in."""
     folded: ast.expr = _Folder(known).visit(copy.deepcopy(expression))
     return folded
-
-
-def is_constant(node: ast.AST | None, *values: object) -> bool:
-    """Whether a node is a constant; with values, whether it is one of them."""
-    if not isinstance(node, ast.Constant):
-        return False
-    return not values or any(
-        node.value is value or (type(node.value) is type(value) and node.value == value) for value in values
-    )
-
-
-def parsed(text: str) -> ast.expr:
-    """Return an expression as a tree."""
-    return ast.parse(text, mode="eval").body
-
-
-def truth(node: ast.expr) -> bool | None:
-    """Return whether an expression is true, where that can be seen."""
-    if isinstance(node, ast.Constant):
-        return bool(node.value)
-    if isinstance(node, (ast.Tuple, ast.List, ast.Set)) and not any(
-        isinstance(item, ast.Starred) for item in node.elts
-    ):
-        return bool(node.elts) if all(is_pure(item) for item in node.elts) else None
-    if isinstance(node, ast.Dict) and is_pure(node) and None not in node.keys:
-        return bool(node.keys)
-    return None
-
-
-def is_pure(node: ast.AST) -> bool:
-    """Whether an expression can be left out, or evaluated twice, without a difference: it only reads."""
-    return all(isinstance(part, _READS) for part in walk([node]))
-
-
-_IDLE = frozenset(
-    {
-        "secrets.token_hex", "set", "sum", "len", "list", "dict", "tuple", "str", "int", "float", "bool", "next", "hasattr", "isinstance", "Path",
-        "torch.device", "torch.initial_seed", "nullcontext", "Events", "id", "share", "dist.get_rank", "dist.get_world_size",
-    }
-)  # fmt: skip
-_IDLE_METHODS = frozenset({"startswith", "get", "items", "keys", "values", "copy", "parameters", "named_parameters"})
-
-
-def is_idle(node: ast.AST) -> bool:
-    """Whether an expression can be left out: what it calls does nothing but return."""
-    for part in walk([node]):
-        if isinstance(part, ast.Call):
-            method = part.func.attr if isinstance(part.func, ast.Attribute) else ""
-            if dotted(part.func) not in _IDLE and method not in _IDLE_METHODS:
-                return False
-        elif isinstance(part, (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)):
-            return False
-    return True
-
-
-def is_value_of_torch(node: ast.AST) -> bool:
-    """Whether an expression is an attribute of the module torch, as `torch.float32` is."""
-    return isinstance(node, ast.Attribute) and (dotted(node) or "").startswith("torch.")
-
-
-def dotted(node: ast.AST) -> str | None:
-    """Return `a.b.c` for such an expression."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        inner = dotted(node.value)
-        return f"{inner}.{node.attr}" if inner is not None else None
-    return None
 
 
 class _Folder(ast.NodeTransformer):
@@ -207,6 +144,8 @@ class _Folder(ast.NodeTransformer):
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
         self.generic_visit(node)
         decides = isinstance(node.op, ast.Or)
+        flat = [part for value in node.values for part in _operands(value, type(node.op))]
+        node.values = flat
         values: list[ast.expr] = []
         for index, value in enumerate(node.values):
             known = truth(self.known.value_of(value))
@@ -282,6 +221,9 @@ class _Folder(ast.NodeTransformer):
         items = elements(node.args[0]) if name == "len" and is_pure(node.args[0]) else None
         if items is not None:
             return ast.Constant(len(items))
+        if name == "sorted":
+            node.keywords = [k for k in node.keywords if not (k.arg == "reverse" and is_constant(k.value, False))]
+            return node if elements(node.args[0]) != [] else ast.List([], ast.Load())
         if name == "dict" and len(node.args) == 1 and isinstance(node.args[0], ast.Dict) and not node.keywords:
             return node.args[0]
         if name == "sum" and len(node.args) == 1 and isinstance(node.args[0], ast.List) and len(node.args[0].elts) == 1:
@@ -337,13 +279,21 @@ class _Folder(ast.NodeTransformer):
 
     def visit_List(self, node: ast.List) -> ast.expr:
         self.generic_visit(node)
+        return ast.List(self._spread(node.elts), node.ctx)
+
+    def visit_Set(self, node: ast.Set) -> ast.expr:
+        self.generic_visit(node)
+        return ast.Set(self._spread(node.elts))
+
+    def _spread(self, given: list[ast.expr]) -> list[ast.expr]:
+        """Return the items of a display, those of displays in it among them."""
         items: list[ast.expr] = []
-        for item in node.elts:
+        for item in given:
             inner = elements(item.value) if isinstance(item, ast.Starred) else None
             if isinstance(item, ast.Starred) and isinstance(item.value, ast.GeneratorExp):
                 inner = [] if elements(item.value.generators[0].iter) == [] else None
             items += [item] if inner is None else inner
-        return ast.List(items, node.ctx)
+        return items
 
     def visit_DictComp(self, node: ast.DictComp) -> ast.expr:
         rows = self._rows(node)
@@ -452,6 +402,8 @@ class _Folder(ast.NodeTransformer):
 
     def visit_Try(self, node: ast.Try) -> ast.stmt | list[ast.stmt]:
         self.generic_visit(node)
+        if node.handlers and all(_only_raises(statement) for statement in node.handlers[-1].body):
+            node.handlers.pop()
         if not node.handlers and all(isinstance(statement, ast.Pass) for statement in node.finalbody):
             return _in_place_of(node, node.body)
         return node
@@ -481,79 +433,6 @@ def _copied(node: ast.DictComp) -> ast.expr | None:
     return source.value if is_copy and isinstance(source, ast.Attribute) and source.attr == "items" else None
 
 
-def item_of(display: ast.expr, key: object) -> ast.expr | None:
-    """Return what a display holds under a key or index."""
-    if isinstance(display, ast.Dict):
-        for own, value in zip(display.keys, display.values, strict=True):
-            if is_constant(own, key):
-                return value
-    if (
-        isinstance(display, (ast.Tuple, ast.List))
-        and isinstance(key, int)
-        and -len(display.elts) <= key < len(display.elts)
-    ):
-        return display.elts[key]
-    return None
-
-
-def elements(node: ast.expr) -> list[ast.expr] | None:
-    """Return what iterating over an expression gives, where that can be seen."""
-    if isinstance(node, (ast.Tuple, ast.List)) and not any(isinstance(item, ast.Starred) for item in node.elts):
-        return node.elts
-    if isinstance(node, ast.Dict) and None not in node.keys:
-        return [key for key in node.keys if key is not None]
-    if isinstance(node, ast.Call) and dotted(node.func) == "reversed":
-        items = elements(node.args[0])
-        return None if items is None else items[::-1]
-    return None
-
-
-def bindings(target: ast.expr, value: ast.expr) -> dict[str, ast.expr] | None:
-    """Return which names a loop's target binds to what, where all of that may stand in the names' place."""
-    if isinstance(target, ast.Name):
-        return {target.id: value} if is_pure(value) else None
-    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
-        out: dict[str, ast.expr] = {}
-        for name, item in zip(target.elts, value.elts, strict=True):
-            inner = bindings(name, item)
-            if inner is None:
-                return None
-            out.update(inner)
-        return out
-    return None
-
-
-def condition(node: ast.expr) -> ast.expr:
-    """Simplify an expression of which only the truth counts."""
-    if isinstance(node, ast.IfExp) and is_constant(node.body, True):
-        return condition(ast.BoolOp(ast.Or(), [node.test, node.orelse]))
-    if isinstance(node, ast.BoolOp):
-        neutral = isinstance(node.op, ast.And)
-        values = [condition(value) for value in node.values]
-        values = [value for value in values if truth(value) is not neutral]
-        if not values:
-            return ast.Constant(neutral)
-        return values[0] if len(values) == 1 else ast.BoolOp(node.op, values)
-    return node
-
-
-def negated(node: ast.expr) -> ast.expr:
-    """Return an expression that is true where another is not."""
-    opposite: dict[type[ast.cmpop], type[ast.cmpop]] = {
-        ast.Is: ast.IsNot,
-        ast.IsNot: ast.Is,
-        ast.Eq: ast.NotEq,
-        ast.NotEq: ast.Eq,
-        ast.In: ast.NotIn,
-        ast.NotIn: ast.In,
-    }
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        return node.operand
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in opposite:
-        return ast.Compare(node.left, [opposite[type(node.ops[0])]()], node.comparators)
-    return ast.UnaryOp(ast.Not(), node)
-
-
 def _does_nothing(item: ast.withitem) -> bool:
     called = item.context_expr
     return (
@@ -562,6 +441,15 @@ def _does_nothing(item: ast.withitem) -> bool:
         and not called.args
         and item.optional_vars is None
     )
+
+
+def _operands(value: ast.expr, kind: type[ast.boolop]) -> list[ast.expr]:
+    """Return the operands of `a or b` inside of `... or c`."""
+    return value.values if isinstance(value, ast.BoolOp) and isinstance(value.op, kind) else [value]
+
+
+def _only_raises(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Pass) or (isinstance(statement, ast.Raise) and statement.exc is None)
 
 
 def _leaves(body: list[ast.stmt]) -> bool:

@@ -7,13 +7,23 @@ import copy
 from collections.abc import Mapping, Sequence
 
 from sheer.eject.drop import Needless, drop
-from sheer.eject.fold import dotted, is_constant, is_pure
+from sheer.eject.expressions import dotted, is_constant, is_pure
 from sheer.eject.program import BUILTINS, Program, arguments_of, functions_of, uses_in
 from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, substituted, walk
 from sheer.eject.source import Notes, notes_of, with_notes
 
+LOOPED = frozenset({"end_step"})  # what a loop ends with: a reader looks for it there
+MOST_OF_A_LOOP = 40
 KEPT = frozenset(
-    {"evaluate", "plain_shard", "repeated_blocks", "plain_check_on_ranks", "differ_in_random_numbers"}
+    {
+        "evaluate",
+        "plain_shard",
+        "repeated_blocks",
+        "plain_check_on_ranks",
+        "plain_prune",
+        "plain_save",
+        "differ_in_random_numbers",
+    }
 )  # functions that a reader looks for
 
 
@@ -90,7 +100,7 @@ class _ExpressionCall(ast.NodeTransformer):
         return statement.value
 
 
-def inline_procedures(program: Program, most: int, records: Sequence[str] = ()) -> bool:
+def inline_procedures(program: Program, most: int, records: Sequence[str] = (), looped: bool = False) -> bool:
     """Write functions of at most `most` statements that are called once, as a statement, where they are called.
 
     Those that return a record are written there whatever their size, so that it can be taken apart.
@@ -111,7 +121,9 @@ def inline_procedures(program: Program, most: int, records: Sequence[str] = ()) 
             drop(program, Needless(calls=frozenset({name})))
             continue
         makes_record = node.returns is not None and any(record in ast.unparse(node.returns) for record in records)
-        if calls is None or len(calls) != 1 or (size(node.body) > most and not makes_record):
+        if calls is None or len(calls) != 1:
+            continue
+        if size(node.body) > (MOST_OF_A_LOOP if looped and name in LOOPED else most) and not makes_record:
             continue
         for function in program.functions():
             if function is not node and Site(function, node, calls[0]).inline():

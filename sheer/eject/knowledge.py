@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sheer.eject.drop import Needless
-from sheer.eject.facts import Facts
-from sheer.eject.fold import Known, parsed
+from sheer.eject.expressions import parsed
+from sheer.eject.facts import Facts, Plugin
+from sheer.eject.fold import Known
 from sheer.eject.ranks import (
     ALONE,
     ANSWERS_ALONE,
@@ -38,12 +39,12 @@ CHECKS = frozenset(
         "run.loggers.log_media",
     }
 )  # fmt: skip
-ERRORS = {"NonFiniteError": "FloatingPointError", "RunError": "RuntimeError", "SheerWarning": "UserWarning"}
 
 # Definitions, and what an ejected script gets in their place.
 TWINS = {
     "Metrics": "PlainMetrics",
     "seed_everything": "plain_seed_everything",
+    "set_random_state": "plain_set_random_state",
     "eval_mode": "plain_eval_mode",
     "StopSignals": "PlainStopSignals",
     "Watch": "PlainWatched",
@@ -53,10 +54,11 @@ TWINS = {
     "read_manifest": "plain_manifest",
     "stored_in": "plain_stored",
     "read_shared_state": "plain_state",
-    "load_model": "plain_load_model",
     "load_weights": "plain_load_weights",
     "optimizer_state": "plain_optimizer_state",
     "check_weights": "plain_check_weights",
+    "is_among_best": "plain_is_among_best",
+    "open_data": "plain_open_data",
     "encode": "plain_encode",
     "decode": "plain_decode",
     "Session": "plain_session",
@@ -144,7 +146,6 @@ def knowledge_of(
         known[f"{holder}.loggers.members"] = parsed(f"{holder}.loggers")
         known[f"{holder}.saver.is_writing"] = ast.Constant(False)
         known[f"{holder}.progress.owes_validation"] = ast.Constant(False)  # `plain_state` refuses such a checkpoint
-        known[f"{holder}.saver.expected"] = parsed(f"plain_expected({holder})")
         known |= {f"{holder}.{name}": parsed(value) for name, value in absent_in_run(facts).items()}
     known |= {
         name: parsed(value) for name, value in absent_in_run(facts).items() if name.startswith(("events.", "compute."))
@@ -179,18 +180,25 @@ def knowledge_of(
         {name: twin for name, twin in TWINS.items() if plain_metrics or name != "Metrics"}
         | (twins_together(facts, facts.parallel) if facts.parallel is not None else {})
         | batch_twins(facts)
-        | ({} if facts.has_hparams or "media" in facts.uses else {"TensorBoard": "PlainTensorBoard"})
-        | ({"TrainingData": data_twin(facts)} if facts.plain_data or "train_loader" in facts.none else {}),
+        | {"load_model": "plain_load_model" if facts.has_extra else "plain_load_tensors"}
+        | ({"TensorBoard": "PlainTensorBoard"} if facts.plain_board else {})
+        | data_twins(facts),
         Needless(frozenset(calls), frozenset({"_Place"}), INPUT_ERRORS, frozenset({"torch.OutOfMemoryError"})),
         settings,
     )
 
 
-def data_twin(facts: Facts) -> str:
-    """Return the class that stands for the training data."""
-    if facts.kind == "start":
-        return "PlainNoData" if "train_loader" in facts.none else "PlainSteps"
-    return "PlainLength" if facts.settings["checkpoint"] is None and facts.settings["resume"] is None else "PlainData"
+def data_twins(facts: Facts) -> dict[str, str]:
+    """Return what stands for the training data."""
+    twins = {"PlainSeeded": "PlainSeededTogether"} if "together" in facts.reads else {}
+    if "workers" in facts.reads:
+        twins |= {"PlainData": "PlainDataOfWorkers", "plain_epochs": "plain_epochs_of_workers"}
+    if "train_loader" in facts.none:
+        return twins | {"TrainingData": "PlainNoData"}
+    if not facts.plain_data:
+        return twins
+    kept = facts.settings["checkpoint"] is not None or facts.settings["resume"] is not None
+    return twins | {"TrainingData": "PlainSteps" if facts.kind == "start" else "PlainData" if kept else "PlainLength"}
 
 
 def converts(facts: Facts) -> bool:
@@ -200,9 +208,10 @@ def converts(facts: Facts) -> bool:
 
 def batch_twins(facts: Facts) -> dict[str, str]:
     """Return what moves and counts batches of the structure that the loader gives."""
-    if facts.batch not in ("list", "dict", "tensor") or converts(facts):
+    if not facts.batch or converts(facts):
         return {}
-    return {"move": f"moved_{facts.batch}", "count_samples": f"size_of_{facts.batch}"}
+    counts = {} if facts.own_batches else {"count_samples": f"size_of_{facts.batch}"}
+    return {"move": f"moved_{facts.batch}", **counts}
 
 
 def settings_of(facts: Facts, kept: Sequence[str]) -> tuple[dict[str, ast.expr], dict[str, Any]]:
@@ -245,12 +254,18 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
     loggers = ", ".join(f"{marked(logger.label)}," for logger in facts.loggers)
     places = ["compute.device", "compute.dtype"] if converts(facts) else ["compute.device"]
     answers: dict[str, Answer] = {
+        "shuffles": lambda call: ast.Constant("shuffled" in facts.reads),
+        "persists": lambda call: ast.Constant("persistent" in facts.reads),
         "takes_step_number": lambda call: ast.Constant(
             ("eval_step" if len(call.args) > 1 and "eval_step" not in facts.none else "step") in facts.numbered
         ),
         "events_of": lambda call: parsed(f"Events({shown})"),
         "holds_means": lambda call: None if "Mean" in facts.uses else ast.Constant(False),
+        "end_by_callbacks": lambda call: ast.Constant(bool(facts.stops)),
+        "end_anywhere": lambda call: ast.Constant(bool({"step_end", "epoch_end"} & set(facts.stops))),
+        "starts_anew": lambda call: ast.Constant(False),  # no object of a script was in another run
         "named": lambda call: named_of(facts, call.args[0]),
+        "taking_back": lambda call: named_of(facts, call.args[0], [c for c in facts.loggers if facts.reopens(c)]),
         "as_mapping": lambda call: None if facts.has_hparams else parsed("{}"),
         "choose_run_dir": lambda call: chosen_folder(facts),
         "find_checkpoint": lambda call: found_checkpoint(facts, call),
@@ -264,11 +279,16 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         ),
         "console_of": lambda call: ast.Constant(None),
         "run.loggers.log": lambda call: ast.Call(parsed("plain_log"), [parsed("run"), *call.args], []),
-        "run.console.log": lambda call: ast.Call(parsed("plain_console_log"), [call.args[0], parsed("metrics")], []),
+        "run.console.log": lambda call: ast.Call(parsed("plain_console_log"), [call.args[0], parsed("measured")], []),
         "run.loggers.state_dict": lambda call: parsed("plain_logger_states(run)"),
         "run.loggers.load_state_dict": lambda call: ast.Call(
             parsed("plain_load_loggers"), [parsed("run"), *call.args], []
         ),
+        "run.progress.state_dict": lambda call: parsed("asdict(run.progress)"),
+        "plain_encode": lambda call: (
+            call.args[0] if isinstance(call.args[0], ast.Dict) and not call.args[0].keys else None
+        ),
+        "StepBatch": lambda call: call.args[0] if call.args and isinstance(call.args[0], ast.List) else None,
         "Watch": lambda call: parsed("[]"),
         "PlainWatched": lambda call: parsed("[]"),
         "run.watch.add": watched,
@@ -284,6 +304,9 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "averaging_of": lambda call: parsed(next((marked(c.label) for c in facts.callbacks if c.averages), "None")),
     }
     answers |= ANSWERS_ALONE if facts.parallel is None else answers_together(facts, facts.parallel)
+    if not facts.has_extra:
+        answers["plain_extra"] = lambda call: parsed("{}")
+        answers["tensors_of"] = lambda call: ast.Call(ast.Attribute(call.args[0], "state_dict", ast.Load()), [], [])
     if facts.kind == "start":
         answers["build_optimizer"] = lambda call: made_or_given(facts, "optimizer", call.args[1], call.args[:1])
         answers["build_scheduler"] = lambda call: made_or_given(facts, "scheduler", call.args[0], call.args[1:])
@@ -330,11 +353,15 @@ def built(made: ast.expr, arguments: list[ast.expr]) -> ast.expr | None:
     return made if name in ("optimizer", "scheduler") else None
 
 
-def named_of(facts: Facts, plugins: ast.expr) -> ast.expr | None:
-    """Return callbacks or loggers that have a state, by the names that it is saved under; None where they are not written out."""
+def named_of(facts: Facts, plugins: ast.expr, but: Sequence[Plugin] = ()) -> ast.expr | None:
+    """Return callbacks or loggers that have a state, by the names that it is saved under; None where they are not written out.
+
+    `but` are those that need none.
+    """
     if not isinstance(plugins, ast.Tuple):
         return None
-    there = {marked(plugin.label): plugin for plugin in (*facts.callbacks, *facts.loggers) if plugin.has_state}
+    stateful = [plugin for plugin in (*facts.callbacks, *facts.loggers) if plugin.has_state and plugin not in but]
+    there = {marked(plugin.label): plugin for plugin in stateful}
     labels = [re.sub(r"_\d+$", "", item.id) if isinstance(item, ast.Name) else "" for item in plugins.elts]
     kept = [(there[label].state_name, item) for label, item in zip(labels, plugins.elts, strict=True) if label in there]
     return ast.Dict([ast.Constant(name) for name, _ in kept], [item for _, item in kept])
@@ -352,8 +379,3 @@ def named_loaders_of(facts: Facts, call: ast.Call) -> ast.expr:
         return parsed(f"[('', {loaders})]")
     pairs = [f"({f'{name}/'!r}, {loaders}[{name!r}])" for name in facts.val_names]
     return parsed(f"[{', '.join(pairs)}]")
-
-
-def label_of(name: str) -> str:
-    """Return a class's name as that of a variable."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

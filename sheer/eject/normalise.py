@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from sheer.eject.fold import dotted, is_pure
+from sheer.eject.expressions import dotted, is_pure
 from sheer.eject.program import Program
 from sheer.eject.scope import assignments, bound_in, fresh, parameters, reads, renamed
 from sheer.eject.source import Notes, notes_of, with_notes

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sheer.eject.fold import Known, dotted, fold, is_constant, is_pure, is_value_of_torch
+from sheer.eject.expressions import dotted, is_constant, is_pure, is_value_of_torch, parsed
+from sheer.eject.fold import Known, fold
 from sheer.eject.program import Program, arguments_of, drop_parameter, replace_argument, replace_parameter
 from sheer.eject.scope import assignments, bound_in, default_of, fresh, parameters, reads, renamed, walk
 
@@ -94,7 +95,9 @@ def _is_changed(function: ast.FunctionDef, name: str, program: Program, seen: Se
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
             harmless.add(id(node.value))
         elif isinstance(node, ast.Call):
-            harmless |= {id(value) for value in _only_read(node, name, program, seen | {function.name})}
+            harmless |= {id(value) for value in _only_read(node, name, program, seen | {function.name}, function)}
+        elif isinstance(node, ast.Assign) and _is_kept_unchanged(function, node.targets[0], program):
+            harmless.add(id(node.value))
         elif isinstance(node, (ast.For, ast.comprehension)):
             harmless.add(id(node.iter))
         elif isinstance(node, ast.BinOp):
@@ -113,11 +116,33 @@ def _is_changed(function: ast.FunctionDef, name: str, program: Program, seen: Se
     return any(id(use) not in harmless for use in uses)
 
 
-def _only_read(call: ast.Call, local: str, program: Program, seen: Set[str]) -> list[ast.expr]:
+def _is_kept_unchanged(method: ast.FunctionDef, target: ast.expr, program: Program) -> bool:
+    """Whether a target is an attribute of an object that only reads what it holds, as no other does."""
+    owner = next((n for n in program.nodes.values() if isinstance(n, ast.ClassDef) and method in n.body), None)
+    if owner is None or not isinstance(target, ast.Attribute) or dotted(target.value) != "self":
+        return False
+    uses = [
+        n
+        for n in walk(program.nodes.values())
+        if isinstance(n, ast.Attribute) and n.attr == target.attr and isinstance(n.ctx, ast.Load)
+    ]
+    read: set[int] = set()
+    for node in walk([owner]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _READERS:
+            read.add(id(node.func.value))
+        elif isinstance(node, ast.Call) and dotted(node.func) == "len":
+            read.add(id(node.args[0]))
+    return all(id(use) in read and dotted(use.value) == "self" for use in uses)
+
+
+_READERS = ("get", "values", "items", "keys")
+
+
+def _only_read(call: ast.Call, local: str, program: Program, seen: Set[str], caller: ast.FunctionDef) -> list[ast.expr]:
     """Return which expressions that are a local name a call uses only to read what it holds."""
-    if isinstance(call.func, ast.Attribute) and call.func.attr in ("get", "values", "items", "keys"):
+    if isinstance(call.func, ast.Attribute) and call.func.attr in _READERS:
         return [call.func.value]
-    if isinstance(call.func, ast.Attribute) and (methods := _methods_called(call.func, program)):
+    if isinstance(call.func, ast.Attribute) and (methods := _methods_called(call.func, program, caller)):
         readers = [_read_by_method(call, local, method, program, seen) for method in methods]
         return [value for value in readers[0] if all(value in others for others in readers)]
     name = dotted(call.func) or ""
@@ -131,11 +156,14 @@ def _only_read(call: ast.Call, local: str, program: Program, seen: Set[str]) -> 
     return [v for p, v in own.items() if not _is_changed(function, p, program, seen)]
 
 
-def _methods_called(called: ast.Attribute, program: Program) -> list[ast.FunctionDef]:
+def _methods_called(called: ast.Attribute, program: Program, caller: ast.FunctionDef) -> list[ast.FunctionDef]:
     """Return the methods of the library's classes that a call may mean; none where it may mean that of another class."""
     if any(hasattr(kind, called.attr) for kind in (dict, list, set, str, tuple, torch.Tensor, nn.Module, Optimizer)):
         return []
     classes = [node for node in program.nodes.values() if isinstance(node, ast.ClassDef)]
+    types = {p.arg: dotted(p.annotation) for p in parameters(caller) if p.annotation is not None}
+    kind = types.get(called.value.id) if isinstance(called.value, ast.Name) else None
+    classes = [node for node in classes if node.name == kind] or classes
     return [part for node in classes for part in node.body if getattr(part, "name", "") == called.attr]  # type: ignore[misc]
 
 
@@ -305,3 +333,25 @@ def _passes_something(program: Program, function: ast.FunctionDef, call: ast.Cal
     if caller is None or not isinstance(value, ast.Name):
         return False
     return value.id in known_locals(caller, program, Known()).present
+
+
+def type_parameters(program: Program) -> None:
+    """Say of which class a parameter is, where all calls pass a parameter of their own that is."""
+    all_calls = program.all_calls()
+    callers = {id(n): f for f in program.functions() for n in walk(f.body) if isinstance(n, ast.Call)}
+    for name, node in program.nodes.items():
+        calls = all_calls.get(name, [])
+        if not isinstance(node, ast.FunctionDef) or not calls:
+            continue
+        for parameter in parameters(node):
+            if parameter.annotation is None or ast.unparse(parameter.annotation) != "Any":
+                continue
+            kinds = set()
+            for call in calls:
+                value = (arguments_of(call, node) or {}).get(parameter.arg)
+                typed = {p.arg: p.annotation for p in parameters(callers[id(call)])}
+                kind = typed.get(value.id) if isinstance(value, ast.Name) else None
+                kinds.add(dotted(kind) if kind is not None else None)
+            name_of_kind = kinds.pop() if len(kinds) == 1 else None
+            if name_of_kind is not None and name_of_kind != "Any":
+                parameter.annotation = parsed(name_of_kind)

@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sheer.eject.expressions import dotted, is_constant, parsed
 from sheer.eject.facts import Facts
-from sheer.eject.fold import dotted, is_constant, parsed
 from sheer.eject.script import Script
 from sheer.eject.source import Definition
 
@@ -264,7 +264,7 @@ def refuse_on_ranks(script: Script, facts: Facts) -> None:
         (settings["checkpoint"] is not None, "saving cannot be ejected for several ranks yet. Set checkpoint=False to eject a script for several ranks."),
         (settings["resume"] is not None, "going on cannot be ejected for several ranks yet. Leave resume out."),
         (settings["max_time"] is not None, "each rank has a clock of its own, so they could not agree on the end. Give max_steps or max_epochs."),
-        (not facts.plain_data, "several ranks read the training data from DataLoader(dataset, batch_size=..., shuffle=True) alone, without workers and limits."),
+        (not facts.plain_data or "workers" in facts.reads, "several ranks read the training data from DataLoader(dataset, batch_size=...) alone, without workers and limits."),
         (facts.parallel["pp"] > 1 or facts.parallel["cp"] > 1, "pp and cp cannot be ejected yet. tp, dp_shard and dp_replicate can."),
         (facts.parallel["cpu_offload"], "cpu_offload cannot be ejected yet. Leave it out."),
         (facts.parallel["tp"] > 1 and "parallelize" in facts.none, "tp divides layers by a plan, and fit was given none. Pass parallelize={...}."),

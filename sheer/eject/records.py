@@ -6,7 +6,7 @@ import ast
 import copy
 from collections.abc import Set
 
-from sheer.eject.fold import dotted
+from sheer.eject.expressions import dotted
 from sheer.eject.program import Program, Refusal, arguments_of, replace_argument, replace_parameter
 from sheer.eject.scope import assignments, bound_in, fresh, parameters, substituted, walk
 
@@ -36,6 +36,9 @@ def explode(program: Program, record: str) -> bool:
     needs: dict[tuple[str, str], set[str]] = {}
     if not _find_needs(program, fields, holders, needs):
         return False
+    own = {(f.name, p.arg) for f in program.functions() if f.name in program.roots for p in parameters(f)}
+    if any(needs[taker] for taker in own & needs.keys()):
+        return False  # the script passes it, as a whole
     for function in list(program.functions()):
         for name in holders[id(function)]:
             _explode_in(program, function, name, record, fields, needs)

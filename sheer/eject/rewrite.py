@@ -180,9 +180,9 @@ class Rewrite:
         return ast.parse(value, mode="eval").body if is_used else None
 
     def tells_loggers(self) -> bool:
-        """Whether the loggers are told of the metrics of later calls."""
+        """Whether loggers that must know all of the run are told of the metrics of later calls."""
         told = any(other.kind != "predict" for other in self.facts.others)
-        return bool(self.facts.loggers) and told and self.facts.kind == "fit"
+        return not all(map(self.facts.reopens, self.facts.loggers)) and told and self.facts.kind == "fit"
 
     def edit(self, functions: Mapping[str, ast.FunctionDef], names: Mapping[str, str]) -> None:
         """Note all changes of the script's text.

@@ -158,3 +158,9 @@ def fresh(name: str, taken: set[str]) -> str:
     while f"{name}_{number}" in taken:
         number += 1
     return f"{name}_{number}"
+
+
+def bodies_of(function: ast.FunctionDef) -> list[list[ast.stmt]]:
+    """Return all lists of statements in a function, its own first."""
+    found = [getattr(node, field, None) for node in walk([function]) for field in ("body", "orelse", "finalbody")]
+    return [body for body in found if isinstance(body, list)]

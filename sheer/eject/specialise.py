@@ -7,25 +7,35 @@ from collections.abc import Sequence
 
 from sheer.eject.blocks import inline_blocks
 from sheer.eject.bundle import bundle
-from sheer.eject.constants import bind_methods, drop_idle_methods, fold_attributes
+from sheer.eject.constants import bind_methods, call_for_nothing, drop_idle_methods, fold_attributes, pass_fields
 from sheer.eject.drop import Needless, drop
 from sheer.eject.fold import Known
 from sheer.eject.inline import inline_expressions, inline_procedures
 from sheer.eject.normalise import normalise
 from sheer.eject.program import Program
-from sheer.eject.propagate import bind_parameters, fold_all, merge_parameters, narrow_parameters, unused_parameters
+from sheer.eject.propagate import (
+    bind_parameters,
+    fold_all,
+    merge_parameters,
+    narrow_parameters,
+    type_parameters,
+    unused_parameters,
+)
 from sheer.eject.records import explode
 from sheer.eject.tidy import (
     drop_constants,
     make_flags,
+    merge_tests,
     merge_zeros,
+    part_long_returns,
     pass_by_the_same_name,
     pass_directly,
+    pass_in_order,
     tidy_names,
     use_directly,
     use_numbered_directly,
 )
-from sheer.eject.trim import trim_classes, trim_locals
+from sheer.eject.trim import trim_classes, trim_locals, trim_results
 
 MOST_INLINED = 14  # statements of a function that is called once; longer ones stay functions
 
@@ -60,6 +70,32 @@ def specialise(
         narrow_parameters(program)
         bind_parameters(program, known)
         program.collect()
+    _settle(program, known, records, needless, kept)
+    _settle(program, known, records, needless, kept, looped=True)
+    make_flags(program)
+    pass_directly(program)
+    use_numbered_directly(program)
+    use_numbered_directly(program)
+    fold_all(program, known)
+    merge_zeros(program)
+    merge_tests(program)
+    tidy_names(program)
+    pass_by_the_same_name(program)
+    tidy_names(program)
+    part_long_returns(program)
+    bundle(program, root)
+    pass_in_order(program)
+
+
+def _settle(
+    program: Program,
+    known: Known,
+    records: Sequence[str],
+    needless: Needless,
+    kept: frozenset[str],
+    looped: bool = False,
+) -> None:
+    """Run the passes that make a program smaller until nothing changes; `looped`: what a loop ends with is written there."""
     before = ""
     while (now := dumped(program)) != before:
         before = now
@@ -71,28 +107,23 @@ def specialise(
         bind_parameters(program, known)
         bind_methods(program, known, kept)
         fold_attributes(program, known, kept)
+        call_for_nothing(program)
         drop_idle_methods(program, kept)
         inline_expressions(program)
-        while inline_procedures(program, MOST_INLINED, records) or inline_blocks(program):
+        while inline_procedures(program, MOST_INLINED, records, looped) or inline_blocks(program):
             pass
+        type_parameters(program)
+        pass_fields(program, records, kept)
         for record in records:
             explode(program, record)
         trim_locals(program)
+        trim_results(program)
         unused_parameters(program)
         merge_parameters(program)
         trim_classes(program, kept)
         drop_constants(program)
         use_directly(program)
         program.collect()
-    make_flags(program)
-    pass_directly(program)
-    use_numbered_directly(program)
-    use_numbered_directly(program)
-    merge_zeros(program)
-    tidy_names(program)
-    pass_by_the_same_name(program)
-    tidy_names(program)
-    bundle(program, root)
 
 
 def dumped(program: Program) -> str:

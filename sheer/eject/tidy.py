@@ -6,9 +6,10 @@ import ast
 import re
 from collections.abc import Iterator
 
-from sheer.eject.fold import dotted, is_constant
+from sheer.eject.expressions import dotted, is_constant
 from sheer.eject.program import BUILTINS, Program, arguments_of
-from sheer.eject.scope import assignments, bound_in, parameters, reads, renamed, substituted, walk
+from sheer.eject.records import fields_of
+from sheer.eject.scope import assignments, bodies_of, bound_in, parameters, reads, renamed, substituted, walk
 from sheer.eject.source import notes_of, with_notes
 
 
@@ -27,15 +28,10 @@ def tidy_names(program: Program) -> None:
 def use_directly(program: Program) -> None:
     """Put numbers that are computed once and used once, in the same run of statements, where they are used."""
     for function in program.functions():
-        for body in _bodies(function):
+        for body in bodies_of(function):
             for index, statement in enumerate(body):
                 if _is_computed_once(statement, function) and _moved(body, index, function):
                     break
-
-
-def _bodies(function: ast.FunctionDef) -> list[list[ast.stmt]]:
-    found = [getattr(node, field, None) for node in walk([function]) for field in ("body", "orelse", "finalbody")]
-    return [body for body in found if isinstance(body, list)]
 
 
 def _is_computed_once(statement: ast.stmt, function: ast.FunctionDef) -> bool:
@@ -64,6 +60,7 @@ def _moved(body: list[ast.stmt], index: int, function: ast.FunctionDef) -> bool:
         simple = isinstance(target, (ast.Assign, ast.Expr, ast.Return, ast.AugAssign))
         if (
             simple
+            and not isinstance(getattr(target, "value", None), (ast.List, ast.Tuple))
             and reads([target])[name]
             and not any(isinstance(n, (ast.ListComp, ast.DictComp)) for n in walk([target]))
         ):
@@ -76,7 +73,7 @@ def _moved(body: list[ast.stmt], index: int, function: ast.FunctionDef) -> bool:
 def pass_directly(program: Program) -> None:
     """Write a value that the next statement passes on, and nothing else uses, where it is passed."""
     for function in program.functions():
-        for body in _bodies(function):
+        for body in bodies_of(function):
             for index in range(len(body) - 2, -1, -1):
                 statement, following = body[index], body[index + 1]
                 if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
@@ -95,7 +92,7 @@ def pass_directly(program: Program) -> None:
 def use_numbered_directly(program: Program) -> None:
     """Put a value whose name exists only because something was taken apart where it is used, if that is the next statement."""
     for function in program.functions():
-        for body in _bodies(function):
+        for body in bodies_of(function):
             for index in range(len(body) - 2, -1, -1):
                 statement, following = body[index], body[index + 1]
                 if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
@@ -112,7 +109,9 @@ def use_numbered_directly(program: Program) -> None:
                 elif once and isinstance(following, ast.Return) and ast.unparse(following.value or statement) == name:
                     body[index : index + 2] = [with_notes(ast.Return(statement.value), notes_of(statement))]
                 elif (
-                    once and (re.search(r"_\d+$", name) or _is_alternative(following)) and _comes_first(following, name)
+                    once
+                    and _comes_first(following, name)
+                    and (re.search(r"_\d+$", name) or _is_alternative(following) or _is_short(statement, following))
                 ):
                     swap = {name: statement.value}
                     body[index : index + 2] = [with_notes(substituted([following], swap)[0], notes_of(following))]
@@ -126,6 +125,13 @@ def _is_default(statement: ast.Assign, following: ast.stmt) -> bool:
     return (
         same and isinstance(following.value, ast.BoolOp) and reads([following])[ast.unparse(statement.targets[0])] == 1
     )
+
+
+def _is_short(statement: ast.Assign, following: ast.stmt) -> bool:
+    """Whether a value and what is made of it are read as one."""
+    targets = following.targets if isinstance(following, ast.Assign) else []
+    parts = [statement.value, *targets, getattr(following, "value", None) or statement.value]
+    return sum(len(ast.unparse(part)) for part in parts) < 85 and notes_of(statement).behind is None
 
 
 def _value_of(statement: ast.stmt) -> ast.expr:
@@ -168,20 +174,38 @@ def _evaluated(node: ast.expr) -> Iterator[ast.expr]:
     yield node
 
 
+def _is_plain(statement: ast.Assign) -> bool:
+    return len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name) and is_constant(statement.value)
+
+
 def merge_zeros(program: Program) -> None:
-    """Write `a = b = 0` for two such statements in a row."""
+    """Write `a = b = 0` for two such statements in a row, and `a, b = 0, None`."""
     for function in program.functions():
-        for body in _bodies(function):
+        for body in bodies_of(function):
             for index in range(len(body) - 2, -1, -1):
                 one, other = body[index], body[index + 1]
-                if (
-                    isinstance(one, ast.Assign)
-                    and isinstance(other, ast.Assign)
-                    and is_constant(one.value, 0)
-                    and is_constant(other.value, 0)
-                ):
+                if not (isinstance(one, ast.Assign) and isinstance(other, ast.Assign)):
+                    continue
+                if is_constant(one.value, 0) and is_constant(other.value, 0):
                     one.targets += other.targets
                     del body[index + 1]
+                elif _is_plain(one) and _is_plain(other):
+                    pair = ast.Tuple([one.targets[0], other.targets[0]], ast.Store())
+                    one.targets, one.value = [pair], ast.Tuple([one.value, other.value], ast.Load())
+                    del body[index + 1]
+
+
+def merge_tests(program: Program) -> None:
+    """Write `if a and b` for a test that holds only another."""
+    for function in program.functions():
+        for node in [node for node in walk(function.body) if isinstance(node, ast.If)]:
+            while (
+                len(node.body) == 1 and isinstance(inner := node.body[0], ast.If) and not (inner.orelse or node.orelse)
+            ):
+                if isinstance(inner.test, ast.BoolOp) and isinstance(inner.test.op, ast.Or):
+                    break
+                node.test = ast.BoolOp(ast.And(), [node.test, inner.test])
+                node.body = inner.body
 
 
 def make_flags(program: Program) -> None:
@@ -223,7 +247,7 @@ class _Asked(ast.NodeTransformer):
 def drop_constants(program: Program) -> None:
     """Leave out statements that are only a constant, but for docstrings."""
     for function in program.functions():
-        for body in _bodies(function):
+        for body in bodies_of(function):
             if body:
                 kept = [s for i, s in enumerate(body) if not _is_idle_constant(s, body is function.body and i == 0)]
                 body[:] = kept or [ast.Pass()]
@@ -253,3 +277,27 @@ def pass_by_the_same_name(program: Program) -> None:
             if new.isidentifier() and new not in taken and new not in BUILTINS and parameter.arg not in keywords:
                 function.body = renamed(function.body, {parameter.arg: new})
                 parameter.arg = new
+
+
+def part_long_returns(program: Program) -> None:
+    """Write `if a: return x` and `return y` for a conditional expression that takes more than a line."""
+    for function in program.functions():
+        for body in bodies_of(function):
+            value = body[-1].value if body and isinstance(body[-1], ast.Return) else None
+            if isinstance(value, ast.IfExp) and len(ast.unparse(value)) > 100:
+                first = with_notes(ast.If(value.test, [ast.Return(value.body)], []), notes_of(body[-1]))
+                body[-1:] = [first, ast.Return(value.orelse)]
+
+
+def pass_in_order(program: Program) -> None:
+    """Make an object of a dataclass by position where that takes one line instead of many: each value tells its field."""
+    records = {n.name: list(fields_of(n)) for n in program.nodes.values() if isinstance(n, ast.ClassDef)}
+    for function in program.functions():
+        for call in [node for node in walk(function.body) if isinstance(node, ast.Call)]:
+            fields = records.get(dotted(call.func) or "", [])
+            values = {keyword.arg: keyword.value for keyword in call.keywords}
+            if call.args or not values or values.keys() - set(fields) or set(fields[: len(values)]) != values.keys():
+                continue
+            line = ast.Call(call.func, [values[name] for name in fields if name in values], [])
+            if len(ast.unparse(call)) > 100 > len(ast.unparse(line)):
+                call.args, call.keywords = line.args, []

@@ -6,11 +6,19 @@ import ast
 import re
 from collections.abc import Set
 
-from sheer.eject.fold import dotted, is_idle, is_pure
+from sheer.eject.expressions import dotted, is_idle, is_pure
 from sheer.eject.program import Program
 from sheer.eject.records import fields_of, holders_of
 from sheer.eject.scope import own_reads, walk
 from sheer.eject.source import notes_of, with_notes
+
+INTERNAL = (
+    "Progress",
+    "PlainMetrics",
+    "PlainData",
+    "PlainDataOfWorkers",
+    "PlainSteps",
+)  # no script has an object of these
 
 
 def trim_locals(program: Program) -> None:
@@ -101,34 +109,76 @@ class _Unread(ast.NodeTransformer):
         return [] if is_idle(value) else with_notes(ast.Expr(value), notes_of(node))
 
 
+def trim_results(program: Program) -> None:
+    """Return nothing where no call uses what is returned in the end."""
+    alone = {id(n.value) for f in program.functions() for n in walk(f.body) if isinstance(n, ast.Expr)}
+    for name, calls in program.all_calls().items():
+        node = program.function(name)
+        if node is None or name in program.roots | program.answered or not calls or node.decorator_list:
+            continue
+        returned = [n for n in walk(node.body) if isinstance(n, ast.Return)]
+        last = node.body[-1]
+        if (
+            all(id(call) in alone for call in calls)
+            and returned == [last]
+            and isinstance(last, ast.Return)
+            and last.value
+        ):
+            node.body[-1:] = [] if is_idle(last.value) and len(node.body) > 1 else [ast.Expr(last.value)]
+            node.returns = ast.Constant(None)
+
+
 def trim_classes(program: Program, kept: Set[str]) -> None:
     """Leave out fields and methods whose names nothing reads; `kept` are names that the script reads."""
-    used = _attributes_reached(program, kept)
+    used_by_any, own = _attributes_reached(program, kept), _attributes_reached(program, frozenset())
     for node in program.nodes.values():
         if isinstance(node, ast.ClassDef):
+            used = used_by_any - (kept - own if node.name in INTERNAL else set())
+            used = _read_of_results(program, kept) if node.name == "Result" else used
             asked = _is_asked(program, node.name)
             before = list(fields_of(node))
             node.body = [part for part in node.body if not _is_unread(part, used, asked)] or [ast.Pass()]
             _trim_constructions(program, node, before)
     for function in program.functions():
-        function.body = _UnreadAttributes(program, used).body(function.body) or [ast.Pass()]
+        function.body = _UnreadAttributes(program, used_by_any).body(function.body) or [ast.Pass()]
+
+
+def _read_of_results(program: Program, kept: Set[str]) -> set[str]:
+    """Return the fields that the script, or a function, reads of how the run ended."""
+    holders = [(function, holders_of(program, function, "Result")) for function in program.functions()]
+    nodes = [
+        n for f, names in holders for n in walk(f.body) if isinstance(n, ast.Attribute) and dotted(n.value) in names
+    ]
+    return set(kept) | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def _attributes_reached(program: Program, kept: Set[str]) -> set[str]:
     """Return the names of attributes that are read, in functions and in those methods that are themselves reached."""
     waiting: list[ast.AST] = [node for node in program.nodes.values() if not isinstance(node, ast.ClassDef)]
     methods: dict[str, list[ast.AST]] = {}
+    inside = {
+        id(part): frozenset(kept if node.name in INTERNAL else ())
+        for node in program.nodes.values()
+        if isinstance(node, ast.ClassDef)
+        for part in node.body
+    }
     for part in [part for node in program.nodes.values() if isinstance(node, ast.ClassDef) for part in node.body]:
-        if isinstance(part, ast.FunctionDef) and not part.name.startswith("__") and part.name not in kept:
+        if (
+            isinstance(part, ast.FunctionDef)
+            and not part.name.startswith("__")
+            and part.name not in kept - inside[id(part)]
+        ):
             methods.setdefault(part.name, []).append(part)
         else:
             waiting.append(part)
     used = set(kept)
     while waiting:
         for node in ast.walk(waiting.pop()):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                used.add(node.attr)
-                waiting += methods.pop(node.attr, [])
+            name = node.attr if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) else ""
+            name = "close" if isinstance(node, ast.Name) and node.id == "closing" else name
+            if name:
+                used.add(name)
+                waiting += methods.pop(name, [])
     return used
 
 
@@ -150,6 +200,8 @@ def _is_asked(program: Program, name: str) -> bool:
 
 
 def _is_unread(part: ast.stmt, used: Set[str], asked: bool) -> bool:
+    if isinstance(part, ast.FunctionDef) and part.name == "__init__" and len(part.args.args) == 1:
+        return all(isinstance(statement, ast.Pass) for statement in part.body)
     if isinstance(part, ast.FunctionDef) and part.name == "__bool__":
         return not asked
     if isinstance(part, ast.FunctionDef):

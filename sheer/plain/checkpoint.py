@@ -18,64 +18,58 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sheer.checkpoint.optimizer import names_of
-from sheer.checkpoint.store import Saved, ranked
 from sheer.distributed.mesh import Ranks
-from sheer.run import Run
 
 
 def plain_write(
-    directory: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
+    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Any, run_id: str, measured: Any
 ) -> Path:
     """Write a checkpoint; it counts once its manifest, which has the size and hash of every file, is renamed into place."""
     name = f"step-{step:08d}"
-    numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in directory.glob(f"{name}*")]
-    path = directory / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
+    numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in folder.glob(f"{name}*")]
+    path = folder / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
     path.mkdir(parents=True)
-    for name, group in groups.items():
-        plain_write_tensors(path / f"{name}.safetensors", group)
+    for name in sorted(groups):
+        tensors = {key: value.cpu().clone().contiguous() for key, value in groups[name].items()}  # none shares memory
+        save_file(tensors, path / f"{name}.safetensors", {"format": "pt"})
     (path / "state.json").write_text(json.dumps(state))
     files = {}
     for file in sorted(path.iterdir()):
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
-            files[file.name] = {
-                "size": file.stat().st_size,
-                "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
-            }
-    manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, **facts}
-    manifest |= {"leads": [0], "files": files}
+        plain_sync(file)
+        files[file.name] = {"size": file.stat().st_size, "sha256": plain_sha256(file)}
+    manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, "run_id": run_id}
+    manifest |= {"metrics": measured, "settings": {}, "leads": [0], "files": files}
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    with (path / "manifest.tmp").open("w") as out:
-        json.dump(manifest, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
+    (path / "manifest.tmp").write_text(json.dumps(manifest, indent=1))
+    plain_sync(path / "manifest.tmp")
     (path / "manifest.tmp").rename(path / "manifest.json")
     return path
 
 
-def plain_write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors that share no memory."""
-    save_file({name: value.cpu().clone().contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
+def plain_sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
-def plain_committed(directory: Path) -> list[Saved]:
-    """Return the checkpoints in a folder, oldest first."""
-    manifests = [(path.parent, json.loads(path.read_text())) for path in sorted(directory.glob("step-*/manifest.json"))]
-    return [Saved(path, manifest["step"], manifest["metrics"], manifest) for path, manifest in manifests]
+def plain_sha256(path: Path) -> str:
+    """Return the hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain_expected(run: Run) -> list[Saved]:
-    """Return the checkpoints of earlier steps; one of a later step was found damaged, and counts for nothing."""
-    return [saved for saved in plain_committed(run.checkpoints) if saved.step < run.progress.step]
+def plain_committed(directory: Path) -> dict[Path, Any]:
+    """Return the checkpoints in a folder, oldest first, each with its manifest."""
+    return {path.parent: json.loads(path.read_text()) for path in sorted(directory.glob("step-*/manifest.json"))}
 
 
 def plain_newest_good(directory: Path) -> Path | None:
     """Return the newest checkpoint whose files are as they were written; None where there is none at all."""
     found = plain_committed(directory)
-    for saved in reversed(found):
-        hashes = {name: file["sha256"] for name, file in saved.manifest["files"].items()}
-        if hashes == {name: hashlib.sha256((saved.path / name).read_bytes()).hexdigest() for name in hashes}:
-            return saved.path
+    for path, manifest in reversed(found.items()):
+        files = manifest["files"].items()
+        if all((path / name).is_file() and plain_sha256(path / name) == file["sha256"] for name, file in files):
+            return path
     if found:
         raise RuntimeError(f"No checkpoint in {directory} is as it was written. To start anew, give another run_dir.")
     return None
@@ -98,11 +92,11 @@ def plain_stored(path: Path, manifest: Any, group: str) -> dict[str, Tensor]:
 
 def plain_state(path: Path, manifest: Any) -> Any:
     """Read all but the weights."""
-    state = json.loads((path / "state.json").read_text())
-    if state["progress"].get("owes_validation"):
+    read = json.loads((path / "state.json").read_text())
+    if read["progress"].get("owes_validation"):
         raise RuntimeError(f"{path} was saved in a validation, which only Sheer goes on with.")
-    optimizers = plain_decode(state.pop("optimizers"), load_file(path / "optimizer.safetensors"))
-    return {**plain_decode(state, load_file(path / "state.safetensors")), "optimizers": optimizers}
+    tensors = {**load_file(path / "optimizer.safetensors"), **load_file(path / "state.safetensors")}
+    return plain_decode(read, tensors)
 
 
 def plain_prune(
@@ -110,24 +104,33 @@ def plain_prune(
 ) -> None:
     """Point `last` and `best` at the newest and the best checkpoint, and delete what does not stay."""
     found = plain_committed(directory)
-    saves = list({saved.step: saved for saved in found if saved.step <= step}.values())  # the newest of each step
-    best = ranked(saves, monitor, mode)[:keep_best]
-    staying = {saved.path for saved in [*saves[-keep_last:], *best]}
+    # The newest of each step; what is left of later ones will be made again.
+    saves = {manifest["step"]: path for path, manifest in found.items() if manifest["step"] <= step}
+    paths = list(saves.values())
+    values = {path: found[path]["metrics"].get(monitor) for path in paths}
+    rated = [path for path, value in values.items() if isinstance(value, (int, float))]
+    in_order = sorted(rated, key=values.__getitem__, reverse=mode == "max") if monitor is not None else []
+    best = in_order[:keep_best]  # of equals the older
+    staying = {*paths[-keep_last:], *best}
     if every is not None:
-        staying |= {saved.path for saved in saves if saved.step % every == 0}
-    for link, target in [("last", saves[-1]), *(("best", saved) for saved in best[:1])]:
+        staying |= {path for at, path in saves.items() if at % every == 0}
+    for link, path in [("last", saves[step]), *(("best", path) for path in best[:1])]:
         (directory / f".{link}").unlink(missing_ok=True)
-        (directory / f".{link}").symlink_to(target.path.name)
+        (directory / f".{link}").symlink_to(path.name)
         (directory / f".{link}").rename(directory / link)
-    for saved in found:
-        if saved.path not in staying:
-            (saved.path / "manifest.json").unlink()
-            shutil.rmtree(saved.path)
+    for path in found.keys() - staying:
+        (path / "manifest.json").unlink()
+        shutil.rmtree(path)
 
 
 def plain_load_model(model: nn.Module, stored: Mapping[str, Tensor], extra: dict[str, Any], source: Path) -> None:
     """Load weights by name."""
     model.load_state_dict({**stored, **extra})
+
+
+def plain_load_tensors(model: nn.Module, stored: Mapping[str, Tensor], extra: dict[str, Any], source: Path) -> None:
+    """Load weights by name, of a model whose state is tensors alone."""
+    model.load_state_dict(stored)
 
 
 def plain_load_weights(model: nn.Module, source: str | Path, which: str = "best") -> Path:
@@ -140,16 +143,16 @@ def plain_load_weights(model: nn.Module, source: str | Path, which: str = "best"
 
 def plain_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return the state of each parameter, and the groups, both by name."""
-    names, state = names_of(optimizer, model), optimizer.state_dict()
-    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
-    return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
+    names, kept = names_of(optimizer, model), optimizer.state_dict()
+    named_groups = [{**group, "params": [names[index] for index in group["params"]]} for group in kept["param_groups"]]
+    return {"state": {names[index]: values for index, values in kept["state"].items()}, "groups": named_groups}
 
 
 def plain_check_weights(model: nn.Module, step: int, ranks: Ranks | None) -> None:
     """Raise an error for a weight that became NaN or infinite though no loss has shown it yet."""
     for weight, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
-            raise FloatingPointError(f"{weight} became NaN or infinite by step {step}, which is not saved.")
+            raise FloatingPointError(f"{weight} is NaN or infinite after step {step}, which is not saved.")
 
 
 def plain_encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -158,15 +161,13 @@ def plain_encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
         case Tensor() | np.ndarray():
             tensors[path] = torch.as_tensor(value).detach()
             return {"$tensor": path}
+        case dict() if all(isinstance(key, str) for key in value):
+            return {key: plain_encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
         case dict():
-            items = {key: plain_encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
-            return (
-                items if all(isinstance(key, str) for key in items) else {"$dict": [[*pair] for pair in items.items()]}
-            )
-        case list():
-            return [plain_encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
-        case tuple():
-            return {"$tuple": plain_encode(list(value), tensors, path)}
+            return {"$dict": [[key, plain_encode(item, tensors, f"{path}/{key}")] for key, item in value.items()]}
+        case list() | tuple():
+            items = [plain_encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
+            return items if isinstance(value, list) else {"$tuple": items}
         case float() if not math.isfinite(value):
             return {"$float": repr(value)}
     return value

@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from sheer.events import Events, RunInfo, named
-from sheer.metrics import Media
 from sheer.run import Run
 from sheer.signals import EXIT_STATUS
 
@@ -36,31 +35,31 @@ def plain_report(result: Any, metrics: Mapping[str, float]) -> None:
         file.write(json.dumps({"step": result.step, "time": round(time.time(), 3), **metrics}) + "\n")
 
 
-def plain_log_media(run: Run, step: int, media: Mapping[str, Media]) -> None:
-    """Hand pictures and texts to the loggers that show them."""
-    for logger in run.loggers.members:
-        if hasattr(logger, "log_media"):
-            logger.log_media(step, media)
-
-
 def plain_console_log(step: int, metrics: Mapping[str, float]) -> None:
     """Print metrics in a line."""
-    print(f"step {step:,} · " + " · ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
+    values = " · ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    print(f"step {step:,} · {values}", flush=True)
 
 
 def plain_logger_states(run: Run) -> dict[str, Any]:
     """Return how long metrics.jsonl is, and the states of the loggers."""
-    size = (run.info.run_dir / "metrics.jsonl").stat().st_size
-    others = {name: logger.state_dict() for name, logger in named(run.loggers.members).items()}
-    return {"JSONL": {"run": run.info.run_id, "size": size}, **others}
+    return {
+        "JSONL": {"run": run.info.run_id, "size": (run.info.run_dir / "metrics.jsonl").stat().st_size},
+        **{name: logger.state_dict() for name, logger in named(run.loggers.members).items()},
+    }
 
 
 def plain_load_loggers(run: Run, states: Mapping[str, Any]) -> None:
     """Cut metrics.jsonl back to where it was, and give the loggers their states."""
     os.truncate(run.info.run_dir / "metrics.jsonl", states["JSONL"]["size"])
-    for name, logger in named(run.loggers.members).items():
+    for name, logger in taking_back(run.loggers.members).items():
         if name in states:
             logger.load_state_dict(states[name])
+
+
+def taking_back(loggers: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the loggers that are given back their state when a run goes on, by its name."""
+    return named(loggers)
 
 
 @contextmanager
@@ -124,13 +123,14 @@ class PlainTensorBoard:
 
     def __init__(self, folder: str = "tensorboard") -> None:
         self.folder = folder
-        self.goes_on = False  # opened before in this process: nothing in the files is to be hidden
 
     def start(self, info: RunInfo) -> None:
         """Open a new event file; what others in the folder hold of steps that will be made again is hidden."""
-        hide_from = None if self.goes_on else info.start_step + 1
-        self.writer = SummaryWriter(str(info.run_dir / self.folder), purge_step=hide_from, flush_secs=10)
-        self.goes_on = True
+        self.writer = SummaryWriter(str(info.run_dir / self.folder), purge_step=info.start_step + 1, flush_secs=10)
+
+    def start_again(self, run_dir: Path) -> None:
+        """Open a new event file for what is measured after the run."""
+        self.writer = SummaryWriter(str(run_dir / self.folder), flush_secs=10)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a scalar for each metric."""
@@ -145,10 +145,6 @@ class PlainTensorBoard:
         """Write what is left, since a run that goes on from here will not write it again."""
         self.writer.flush()
         return {"run": None}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hide, at the start, what was written after the checkpoint."""
-        self.goes_on = False
 
 
 def plain_leave(run: Run, signals: PlainStopSignals) -> None:

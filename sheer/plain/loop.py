@@ -18,7 +18,7 @@ from sheer.data.batch import StepBatch, count_samples
 from sheer.evaluation import Evaluation
 from sheer.loop import finish, log_training, validate
 from sheer.own_loop import apply_one, backward_alone, is_last_step, own_steps, start_loop
-from sheer.plain.checkpoint import plain_prune, plain_write
+from sheer.plain.checkpoint import plain_committed, plain_prune, plain_write
 from sheer.plugins import Plugins
 from sheer.run import Result, Run, result_of, tensors_of
 from sheer.saving import check_weights, own_state_of, state_of
@@ -116,7 +116,8 @@ class PlainLoop:
 
     def backward(self, step_function: Any, batch: Any, optimizer: Optimizer | None = None) -> Any:
         """Add the gradients of a step's loss to what the parameters hold; returns what the step returned."""
-        parts = batch if self.cfg.accumulate_grad_batches > 1 else StepBatch([(batch, count_samples(batch))])
+        samples = count_samples(batch) if self.cfg.accumulate_grad_batches == 1 else 0
+        parts = batch if self.cfg.accumulate_grad_batches > 1 else StepBatch([(batch, samples)])
         name = next((name for name, own in self.run.optimizers.items() if own is optimizer), None)
         prefix = f"{name}/" if name is not None and len(self.run.optimizers) > 1 else ""
         numbered = takes_step_number(step_function)
@@ -171,17 +172,15 @@ def plain_save(cfg: Settings, run: Run) -> Path:
         run.watch.check(run.ranks)
         check_weights(run.model, run.progress.step, run.ranks)
     own, held = dict[str, Tensor](), dict[str, Tensor]()
-    extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
     optimizers = {name: optimizer_state(optimizer, run.model) for name, optimizer in run.optimizers.items()}
     state = encode({**own_state_of(run), **state_of(run)}, own)
-    state |= {"optimizers": encode(optimizers, held), "extra": encode(extra, own, "extra")}
+    state |= {"optimizers": encode(optimizers, held), "extra": encode(plain_extra(run.model), own, "extra")}
     trained, averages = tensors_of(run.model), run.averaging.averages() if run.averaging is not None else None
-    groups = {"model": {**trained, **(averages or {})}, "optimizer": held, "state": own}
+    groups = {"model": trained if averages is None else {**trained, **averages}, "optimizer": held, "state": own}
     if averages is not None:
         groups["training"] = trained  # "model" holds the averages, which are what is used
     measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
-    facts = {"run_id": run.info.run_id, "metrics": encode(measured, {}), "settings": dict(run.info.settings)}
-    path = plain_write(run.checkpoints, run.progress.step, groups, state, facts)
+    path = plain_write(run.checkpoints, run.progress.step, groups, state, run.info.run_id, encode(measured, {}))
     if cfg.checkpoint is not None:
         plain_prune(
             run.checkpoints,
@@ -193,3 +192,24 @@ def plain_save(cfg: Settings, run: Run) -> Path:
             mode=cfg.monitor_mode,
         )
     return path
+
+
+def plain_extra(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's state holds besides tensors, by name."""
+    return {name: value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
+
+
+def plain_is_among_best(cfg: Settings, run: Run) -> bool:
+    """Whether the metrics of the last validation belong to the best that are kept."""
+    if (
+        cfg.checkpoint is None
+        or cfg.monitor is None
+        or cfg.checkpoint.keep_best == 0
+        or run.progress.validated_at != run.progress.step
+    ):
+        return False
+    value, step = run.progress.metrics[cfg.monitor], run.progress.step
+    earlier = [m["metrics"].get(cfg.monitor) for m in plain_committed(run.checkpoints).values() if m["step"] < step]
+    others = [other for other in earlier if isinstance(other, (int, float))]
+    as_good = [other for other in others if (other <= value if cfg.monitor_mode == "min" else other >= value)]
+    return value == value and len(as_good) < cfg.checkpoint.keep_best

@@ -81,12 +81,9 @@ def plain_read_on_ranks(metrics: PlainMetrics, counts: bool) -> dict[str, float]
 
 def plain_rows_state(rows: list[tuple[Any, int]]) -> dict[str, Any]:
     """Return values and their weights as a checkpoint holds them."""
-    if isinstance(rows[0][0], Mean):
-        totals, counts = [float(value.total) for value, _ in rows], [float(value.count) for value, _ in rows]
-    else:
-        totals, counts = [float(value) for value, _ in rows], [float(samples) for _, samples in rows]
-    columns = [torch.tensor(totals, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)]
-    return {"weighted": not isinstance(rows[0][0], Mean), "folded": [columns]}
+    is_mean = isinstance(rows[0][0], Mean)
+    pairs = [(value.total, value.count) for value, _ in rows] if is_mean else rows
+    return {"weighted": not is_mean, "folded": [list(torch.tensor(pairs, dtype=torch.float64).T)]}
 
 
 def holds_means(saved: dict[str, Any]) -> bool:
@@ -94,12 +91,11 @@ def holds_means(saved: dict[str, Any]) -> bool:
     return not saved["weighted"]
 
 
-def plain_rows(saved: dict[str, Any]) -> list[tuple[Any, int]]:
-    """Return the values that a checkpoint holds."""
-    pairs = [pair for columns in saved["folded"] for pair in zip(*(column.tolist() for column in columns), strict=True)]
+def plain_rows(saved: dict[str, Any]) -> list[Any]:
+    """Return the values that a checkpoint holds, each with its weight."""
     if holds_means(saved):
-        return [(Mean(total, count), 1) for total, count in pairs]
-    return [(value, int(samples)) for value, samples in pairs]
+        return [(Mean(*pair), 1) for columns in saved["folded"] for pair in torch.stack(columns).T.tolist()]
+    return [pair for columns in saved["folded"] for pair in torch.stack(columns).T.tolist()]
 
 
 def plain_check(watched: list[tuple[int, str, Tensor]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,3 +14,12 @@ def plain_seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+def plain_set_random_state(state: dict[str, Any]) -> None:
+    """Put all generators of this process back into a state that `random_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["accelerator"] is not None and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state_all(state["accelerator"])

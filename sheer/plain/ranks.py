@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from sheer.data.batch import move
 from sheer.data.order import share
 from sheer.distributed.agree import from_rank_zero, gathered
 from sheer.distributed.wrap import StepModule
+from sheer.plain.data import plain_order, shuffles
 from sheer.plain.logs import plain_console_log, plain_log
 from sheer.run import Run
 
@@ -163,22 +163,19 @@ def plain_shared_epochs(loader: Any, device: torch.device, ranks: PlainRanks) ->
     of rank 0 and the number of the epoch alone.
     """
     seed = from_rank_zero(torch.initial_seed())
-    loader.sampler.generator = order = torch.Generator()
-    try:
-        for epoch in itertools.count():
-            order.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-            batches = list(loader.batch_sampler)
-            shares = [share(len(batch), ranks.data_rank, ranks.data_ranks) for batch in batches]
-            own = [
-                batch[start : start + size] or batch[:1] for batch, (start, size) in zip(batches, shares, strict=True)
-            ]
-            shared = DataLoader(
-                loader.dataset, batch_sampler=own, collate_fn=loader.collate_fn, pin_memory=loader.pin_memory
-            )
-            for number, part in enumerate(shared):
-                yield move(part, device), shares[number][1], len(batches[number]), number + 1 == len(batches)
-    finally:
-        loader.sampler.generator = None
+    for epoch in itertools.count():
+        if shuffles(loader):
+            loader.sampler.generator = plain_order(seed, epoch)
+        batches = list(loader.batch_sampler)
+        if shuffles(loader):
+            loader.sampler.generator = None
+        shares = [share(len(batch), ranks.data_rank, ranks.data_ranks) for batch in batches]
+        own = [batch[start : start + size] or batch[:1] for batch, (start, size) in zip(batches, shares, strict=True)]
+        shared = DataLoader(
+            loader.dataset, batch_sampler=own, collate_fn=loader.collate_fn, pin_memory=loader.pin_memory
+        )
+        for number, part in enumerate(shared):
+            yield move(part, device), shares[number][1], len(batches[number]), number + 1 == len(batches)
 
 
 def plain_grouped_shares(

@@ -147,6 +147,69 @@ OWN = """class Stopper:
 
 
 """
+SAVED = f"max_steps=15, monitor='val/loss', resume='auto', {ON}"
+AUGMENTED = """class Noisy(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(x)
+
+    def __getitem__(self, index):
+        return x[index] * random.random() + torch.rand(6) * np.random.rand(), y[index]
+
+
+class Batched(Noisy):
+    def __getitems__(self, indices):
+        noise = torch.rand(len(indices), 6)
+        return [(x[index] + noise[at], y[index]) for at, index in enumerate(indices)]
+
+
+"""
+
+
+def loading(given: str, settings: str = SAVED, before: str = "", step: str = "") -> str:
+    """Return a run that trains on another loader."""
+    text = script(settings, f"model, {step or 'step'}, DataLoader({given}), val_loader, optimizer=optimizer", before)
+    return text.replace("import sheer\n", "import random\n\nimport numpy as np\nimport sheer\n", 1)
+
+
+NAMED = """def join(samples):
+    return {"x": torch.stack([x for x, _ in samples]), "y": torch.tensor([y for _, y in samples])}
+
+
+def named_step(model, batch):
+    return {"loss": F.cross_entropy(model(batch["x"]), batch["y"])}
+
+
+val_loader = DataLoader(val_loader.dataset, 16, collate_fn=join)
+"""
+PAIRED = """def pair(samples):
+    return torch.stack([x for x, _ in samples]), torch.tensor([y for _, y in samples])
+
+
+val_loader = DataLoader(val_loader.dataset, 16, collate_fn=pair)
+"""
+ALONE = """def alone(model, batch):
+    return {"loss": model(batch).square().mean()}
+
+
+val_loader = DataLoader(x[:40], 16)
+"""
+# Loaders that a script keeps as they are, or nearly so: what comes out is short, and goes on from the library's checkpoints.
+LOADERS = {
+    "workers": loading("TensorDataset(x, y), 16, shuffle=True, num_workers=1", f"max_epochs=2, {OFF}"),
+    "in order": loading("TensorDataset(x, y), 16", f"max_epochs=2, {OFF}"),
+    "in order, saved": loading("Noisy(), 16", before=AUGMENTED),
+    "drawn by this process": loading("Noisy(), 16, shuffle=True, drop_last=True, pin_memory=True", before=AUGMENTED),
+    "drawn by workers": loading("Noisy(), 16, shuffle=True, num_workers=2, drop_last=True", before=AUGMENTED),
+    "persistent workers": loading("Noisy(), 16, num_workers=2, persistent_workers=True", before=AUGMENTED),
+    "batches drawn by workers": loading("Batched(), 16, shuffle=True, num_workers=2", before=AUGMENTED),
+    "one loader for all": script(SAVED, "model, step, train_loader, train_loader, optimizer=optimizer"),
+    "one loader with workers": script(SAVED, "model, step, train_loader, train_loader, optimizer=optimizer").replace(
+        "shuffle=True)", "shuffle=True, num_workers=1, persistent_workers=True)"
+    ),
+    "batches with names": loading("TensorDataset(x, y), 16, collate_fn=join", step="named_step", before=NAMED),
+    "pairs": loading("TensorDataset(x, y), 16, shuffle=True, collate_fn=pair", before=PAIRED),
+    "tensors": loading("x, 16, shuffle=True", step="alone", before=ALONE),
+}
 ROWS |= {
     "loss alone": script(f"max_epochs=2, {OFF}", before=BARE),
     "means": script(f"max_epochs=2, {OFF}", before=MEANS),
@@ -175,8 +238,7 @@ ROWS |= {
     "ema saved": script(f"max_epochs=2, callbacks=[sheer.EMA(0.9)], resume='auto', {ON}"),
     "skip saved": script(f"max_epochs=2, nonfinite='skip', resume='auto', gradient_clip_val=1.0, {ON}"),
     "tensorboard": script(f"max_epochs=2, loggers=[sheer.TensorBoard()], hparams={{'lr': 0.01}}, {ON}"),
-    "workers": script(f"max_epochs=2, {OFF}").replace("shuffle=True)", "shuffle=True, num_workers=1)"),
-    "in order": script(f"max_epochs=2, {OFF}").replace(", shuffle=True)", ")"),
+    **LOADERS,
     "limited": script(f"max_epochs=2, limit_train_batches=3, {OFF}"),
     "overfit": script(f"max_epochs=3, overfit_batches=2, {OFF}"),
     "list": script(f"max_epochs=2, {OFF}", "model, step, list(train_loader), val_loader, optimizer=optimizer"),

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import sheer
 from sheer.eject.eject import eject
-from tests.eject.scripts import CALL, script
+from tests import forked
+from tests.eject.scripts import CALL, LOADERS, script
 
 pytestmark = pytest.mark.xdist_group("checkpoints_both_ways")  # what its tests share is made once
 
@@ -25,6 +31,7 @@ LIMITS = ("max_steps=7", "max_steps=15")  # the first ends in the middle of an e
 
 
 def run(file: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(file)], cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -32,12 +39,25 @@ def run(file: Path, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def outcome(folder: Path) -> tuple[bytes, bytes, list[dict[str, float]]]:
-    last = folder / "run/checkpoints/last"
-    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+def run_forked(file: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    with contextlib.chdir(folder):
+        done = forked.run([sys.executable, str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def outcome(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    last = folder / "checkpoints/last"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["time"]
-    return (last / "model.safetensors").read_bytes(), (last / "training.safetensors").read_bytes(), lines
+    held = {
+        f"{file.stem} {name.lstrip('/')}": value.tolist()
+        for file in last.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+    state = json.loads((last / "state.json").read_text())
+    return {**held, "python": state["random"]["python"], "data": state["data"]}, lines
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +80,40 @@ def test_a_run_goes_on_from_the_other(
     files: dict[tuple[str, int], Path], tmp_path: Path, first: str, second: str
 ) -> None:
     for folder, kinds in ((tmp_path / "reference", ("library", "library")), (tmp_path / "mixed", (first, second))):
-        folder.mkdir()
         for part, kind in enumerate(kinds):
             run(files[kind, part], folder)
-    reference, mixed = outcome(tmp_path / "reference"), outcome(tmp_path / "mixed")
-    assert mixed[0] == reference[0]
-    assert mixed[1] == reference[1]
-    assert mixed[2] == reference[2]
+    assert outcome(tmp_path / "mixed/run") == outcome(tmp_path / "reference/run")
+
+
+OTHER_LOADERS = [
+    "in order, saved",
+    "drawn by this process",
+    "one loader for all",
+    "drawn by workers",
+    "persistent workers",
+]
+
+
+@pytest.mark.parametrize("loader", OTHER_LOADERS)
+def test_a_run_goes_on_from_the_other_whatever_its_loader(loader: str, tmp_path: Path) -> None:
+    original = tmp_path / "train.py"
+    original.write_text(LOADERS[loader])
+    texts = {"library": LOADERS[loader], "ejected": eject(original).text}
+    start = run if "num_workers" in LOADERS[loader] else run_forked  # workers would be forked once more
+
+    def part(kind: str, folder: str, last: int) -> None:
+        file = tmp_path / f"{kind}_{last}.py"
+        file.write_text(
+            re.sub("max_steps=15|MAX_STEPS = 15", lambda found: found[0].replace("15", str(last)), texts[kind])
+        )
+        start(file, tmp_path / folder)
+
+    for first in texts:
+        part(first, first, 8)  # in the middle of an epoch
+        shutil.copytree(tmp_path / first, tmp_path / f"{first} goes on", symlinks=True)
+    part("library", "library", 15)
+    part("ejected", "library goes on", 15)
+    part("library", "ejected goes on", 15)
+    reference = outcome(tmp_path / "library/runs/here")
+    assert outcome(tmp_path / "library goes on/runs/here") == reference
+    assert outcome(tmp_path / "ejected goes on/runs/here") == reference

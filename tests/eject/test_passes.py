@@ -8,12 +8,23 @@ import pytest
 
 from sheer.eject.blocks import inline_blocks
 from sheer.eject.bundle import bundle
-from sheer.eject.constants import bind_methods, fold_attributes
+from sheer.eject.constants import bind_methods, call_for_nothing, fold_attributes, pass_fields
 from sheer.eject.drop import Needless, drop
 from sheer.eject.fold import Known
 from sheer.eject.normalise import normalise
-from sheer.eject.propagate import bind_parameters, fold_all, narrow_parameters, unused_parameters
-from sheer.eject.tidy import make_flags, merge_zeros, pass_by_the_same_name, pass_directly, tidy_names, use_directly
+from sheer.eject.propagate import bind_parameters, fold_all, narrow_parameters, type_parameters, unused_parameters
+from sheer.eject.tidy import (
+    make_flags,
+    merge_tests,
+    merge_zeros,
+    part_long_returns,
+    pass_by_the_same_name,
+    pass_directly,
+    pass_in_order,
+    tidy_names,
+    use_directly,
+)
+from sheer.eject.trim import trim_results
 from tests.eject.programs import program, same, text_of
 
 NEEDLESS = Needless(
@@ -238,3 +249,113 @@ def test_what_is_bound_anew_stays_out_of_the_record() -> None:
     )
     bundle(made, "fit")
     assert "f(run, b)" in text_of(made)
+
+
+BOARD = """@dataclass
+class Info:
+    folder: str
+    step: int
+    other: int
+
+
+class Board:
+    def start(self, info: Info) -> None:
+        self.folder = info.folder
+
+    def told(self) -> None:
+        self.step = 1
+
+
+class Other:
+    def told(self) -> str:
+        return "stop"
+
+
+"""
+
+
+def test_a_method_gets_the_fields_that_it_reads() -> None:
+    made = program(f"{BOARD}def main(board: Board, info: Info):\n    board.start(info)\n", "main")
+    pass_fields(made, ["Info"], frozenset())
+    assert "board.start(info.folder)" in text_of(made)
+    assert "def start(self, folder: str)" in text_of(made) and "self.folder = folder" in text_of(made)
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        "def main(board, info: Info):\n    board.start(info)\n",
+        "def main(board: Board):\n    board.start(made())\n",
+        "def main(board: Board, info: Info, any):\n    board.start(info)\n    any.start(info)\n",
+    ],
+)
+def test_where_a_call_is_not_known_the_record_stays(main: str) -> None:
+    made = program(BOARD + main, "main")
+    before = text_of(made)
+    pass_fields(made, ["Info"], frozenset())
+    assert text_of(made) == before
+
+
+def test_what_returns_nothing_decides_nothing() -> None:
+    text = f"{BOARD}def main(board: Board, other: Other, x):\n    x = board.told() or x\n    x = other.told() or x\n"
+    made = program(text, "main")
+    call_for_nothing(made)
+    assert "    board.told()\n    x = x\n    x = other.told() or x" in text_of(made)
+
+
+def test_a_parameter_is_of_the_class_that_all_calls_pass() -> None:
+    text = f"{BOARD}def go(a: Any, b: Any):\n    return a, b\ndef main(board: Board, other: Other):\n    go(board, board)\n    go(board, other)\n"
+    made = program(text, "main")
+    type_parameters(made)
+    assert "def go(a: Board, b: Any)" in text_of(made)
+
+
+def test_objects_are_made_by_position_only_where_the_class_is_known() -> None:
+    long = "a_value_of_a_certain_length"
+    known = f"Info(folder={long}, step={long}_2, other={long}_3)"
+    text = f"{BOARD}def main():\n    {known}\n    made.init(folder={long}, step={long}_2, other={long}_3)\n    Info(folder={long}, other={long}, **{long})\n"
+    made = program(text, "main")
+    pass_in_order(made)
+    assert f"Info({long}, {long}_2, {long}_3)" in text_of(made).replace("\n", "")
+    assert f"made.init(folder={long}" in text_of(made) and f"**{long}" in text_of(made)
+
+
+def test_what_no_call_uses_is_not_returned() -> None:
+    text = "def go(x):\n    x.y = 1\n    return x\ndef twice(x):\n    if x:\n        return 1\n    return 2\ndef main(x):\n    go(x)\n    twice(x)\n"
+    made = program(text, "main")
+    trim_results(made)
+    assert "def go(x) -> None:\n    x.y = 1\n" in text_of(made)
+    assert "return 2" in text_of(made)
+
+
+def test_a_context_that_only_closes() -> None:
+    text = """@contextmanager
+def opened(x):
+    x.start()
+    try:
+        yield
+    finally:
+        x.close()
+
+
+def main(board):
+    with opened(board), signals() as given:
+        go(given)
+"""
+    made = program(text, "main")
+    assert inline_blocks(made)
+    assert same(
+        made, "def main(board):\n    board.start()\n    with closing(board), signals() as given:\n        go(given)"
+    )
+
+
+def test_tests_and_returns() -> None:
+    long = "'a text that is long enough that a conditional expression with it takes more than one line'"
+    text = f"def main(x, y):\n    if x:\n        if y:\n            go()\n    if x:\n        if x or y:\n            go()\n    return None if x < y else {long} + {long}\n"
+    made = program(text, "main")
+    merge_tests(made)
+    part_long_returns(made)
+    assert same(
+        made,
+        f"def main(x, y):\n    if x and y:\n        go()\n    if x:\n        if x or y:\n            go()\n    if x < y:\n        return None\n    return {long} + {long}",
+    )

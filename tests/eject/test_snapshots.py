@@ -24,11 +24,11 @@ SOURCES = {
 }
 LINES = {
     "digits": 150,
-    "digits_ddp": 310,
-    "digits_fsdp": 370,
-    "design": 800,
-    "gpt": 1040,
-    "gan": 850,
+    "digits_ddp": 295,
+    "digits_fsdp": 350,
+    "design": 650,
+    "gpt": 855,
+    "gan": 775,
 }  # at most, in all
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sheer.checkpoint.codec import decode, encode
 from sheer.checkpoint.disk import Disk
@@ -34,14 +34,18 @@ from sheer.plain.checkpoint import (
 )
 from sheer.plain.data import (
     PlainData,
+    PlainDataOfWorkers,
     moved_dict,
     moved_list,
     moved_tensor,
+    moved_tuple,
     plain_epochs,
+    plain_epochs_of_workers,
     plain_grouped,
     size_of_dict,
     size_of_list,
     size_of_tensor,
+    size_of_tuple,
 )
 from sheer.plain.logs import plain_eval_mode
 from sheer.plain.metrics import PlainMetrics, plain_check
@@ -82,16 +86,26 @@ def test_a_value_that_is_not_finite_is_named() -> None:
     assert fine == []
 
 
-def loader(size: int, drop_last: bool) -> DataLoader[Any]:
+def loader(size: int, **options: Any) -> DataLoader[Any]:
     x = torch.arange(size)
-    return DataLoader(TensorDataset(x, x * 2), batch_size=4, shuffle=True, drop_last=drop_last)
+    return DataLoader(TensorDataset(x, x * 2), batch_size=4, **options)
 
 
-@pytest.mark.parametrize(("accumulate", "drop_last"), [(1, False), (1, True), (3, False)])
-def test_the_batches_and_the_random_states_between_them(accumulate: int, drop_last: bool) -> None:
+@pytest.mark.parametrize(
+    ("accumulate", "options"),
+    [
+        (1, {"shuffle": True}),
+        (1, {"shuffle": True, "drop_last": True}),
+        (3, {"shuffle": True}),
+        (1, {"shuffle": False}),
+        (1, {"shuffle": True, "num_workers": 1, "drop_last": True}),
+        (2, {"shuffle": False, "num_workers": 1, "persistent_workers": True}),
+    ],
+)
+def test_the_batches_and_the_random_states_between_them(accumulate: int, options: dict[str, Any]) -> None:
     torch.manual_seed(5)
     progress = Progress()
-    source = make_source(loader(22, drop_last), seed=torch.initial_seed(), device=CPU)
+    source = make_source(loader(22, **options), seed=torch.initial_seed(), device=CPU)
     original = TrainingData(source, device=CPU, accumulate=accumulate)
     seen = []
     for batch, _ in zip(original.steps(progress), range(12), strict=False):
@@ -99,18 +113,48 @@ def test_the_batches_and_the_random_states_between_them(accumulate: int, drop_la
         progress.batch += len(batch)
         if original.at_end:
             progress.epoch, progress.batch = progress.epoch + 1, 0
+    twins: tuple[Any, Any] = (PlainData, plain_epochs)
+    if "num_workers" in options:
+        twins = PlainDataOfWorkers, plain_epochs_of_workers
     for twin in ("fresh", "going on"):
         torch.manual_seed(5)
-        data = PlainData(own := loader(22, drop_last), CPU, accumulate)
-        batches = plain_epochs(own, CPU) if twin == "fresh" else data.epochs(0, 0, None)
+        data = twins[0](own := loader(22, **options), CPU, accumulate)
+        batches = twins[1](own, CPU) if twin == "fresh" else data.epochs(0, 0, None)
         steps = plain_grouped(batches, accumulate) if accumulate > 1 else (([(b, 4)], e) for b, e in batches)
         for (parts, at_end, drawn), (group, ends) in zip(seen, steps, strict=False):
             assert ends is at_end
             assert torch.equal(torch.rand(1), drawn)
             for part, (same, _) in zip(parts, group, strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(part, same, strict=True))
-    assert data.state_dict()["source"] | {"generators": []} == source.state_dict()
+    assert data.state_dict() == original.state_dict()
     assert data.steps_per_epoch == original.steps_per_epoch
+
+
+class Drawn(Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.rand(1) + index
+
+
+def test_what_workers_draw_goes_on_under_the_seed_of_the_run() -> None:
+    def drawn(seed: int, state: dict[str, Any] | None, kind: str) -> tuple[list[list[float]], dict[str, Any]]:
+        torch.manual_seed(seed)
+        own: DataLoader[Any] = DataLoader(Drawn(), 4, shuffle=True, num_workers=1)
+        data: Any = PlainDataOfWorkers(own, CPU, 1)
+        if kind == "library":
+            data = TrainingData(make_source(own, seed=seed, device=CPU), device=CPU)
+        if state is not None:
+            data.load_state_dict(state)
+        progress = Progress(epoch=1, batch=1)
+        found = data.steps(progress) if kind == "library" else ([pair] for pair in data.epochs(1, 1, None))
+        return [step[0][0].tolist() for _, step in zip(range(2), found, strict=False)], data.state_dict()
+
+    first, state = drawn(5, None, "library")
+    for kind in ("library", "script"):
+        assert drawn(6, None, kind)[0] != first
+        assert drawn(6, state, kind)[0] == first
 
 
 def test_batches_move_and_count_as_they_do() -> None:
@@ -118,6 +162,7 @@ def test_batches_move_and_count_as_they_do() -> None:
     for batch, moved, size in (
         (pair, moved_list, size_of_list),
         ({"a": pair[0], "b": pair[1]}, moved_dict, size_of_dict),
+        (tuple(pair), moved_tuple, size_of_tuple),
         (pair[0], moved_tensor, size_of_tensor),
     ):
         one, other = move(batch, CPU), moved(batch, CPU)  # type: ignore[operator]
@@ -177,7 +222,7 @@ def save(folder: Path, step: int, loss: float) -> Path:
 
 
 def plain_saved(folder: Path, step: int, loss: float) -> Path:
-    path = plain_write(folder, step, {"model": {"w": torch.tensor([float(step)])}}, [step], facts_of(loss))
+    path = plain_write(folder, step, {"model": {"w": torch.tensor([float(step)])}}, [step], "r", {"l": loss})
     plain_prune(folder, step, keep_last=2, keep_best=1, every=5, monitor="l", mode="min")
     return path
 
@@ -201,7 +246,7 @@ def test_checkpoints_are_read_and_pruned_by_the_other(tmp_path: Path) -> None:
         assert (folder / "best").resolve().name == "step-00000002"
         assert (folder / "last").resolve().name == "step-00000008-2"
         assert [(s.step, s.metrics) for s in committed(Disk(folder))] == [
-            (s.step, s.metrics) for s in plain_committed(folder)
+            (manifest["step"], manifest["metrics"]) for manifest in plain_committed(folder).values()
         ]
         assert stored_in(folder / "last", read_manifest(folder / "last"), "model")["w"].tolist() == [8.0]
         newest = plain_newest_good(folder)

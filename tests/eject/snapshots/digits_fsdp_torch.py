@@ -158,30 +158,26 @@ def shared_epochs(
 ) -> Iterator[tuple[Any, int, int, bool]]:
     """Yield this rank's part of each batch, its samples, those of the whole batch, and whether that ends its epoch."""
     seed = from_rank_zero(torch.initial_seed())
-    train_loader.sampler.generator = order = torch.Generator()
-    try:
-        for epoch in itertools.count():
-            order.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-            batches = list(train_loader.batch_sampler)
-            shares = [share(len(batch), rank, world_size) for batch in batches]
-            own = [
-                batch[start : start + size] or batch[:1] for batch, (start, size) in zip(batches, shares, strict=True)
-            ]
-            shared = DataLoader(
-                train_loader.dataset,
-                batch_sampler=own,
-                collate_fn=train_loader.collate_fn,
-                pin_memory=train_loader.pin_memory,
-            )
-            for number, part in enumerate(shared):
-                yield (
-                    [tensor.to(device, non_blocking=True) for tensor in part],
-                    shares[number][1],
-                    len(batches[number]),
-                    number + 1 == len(batches),
-                )
-    finally:
+    for epoch in itertools.count():
+        mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+        train_loader.sampler.generator = torch.Generator().manual_seed(mixed)
+        batches = list(train_loader.batch_sampler)
         train_loader.sampler.generator = None
+        shares = [share(len(batch), rank, world_size) for batch in batches]
+        own = [batch[start : start + size] or batch[:1] for batch, (start, size) in zip(batches, shares, strict=True)]
+        shared = DataLoader(
+            train_loader.dataset,
+            batch_sampler=own,
+            collate_fn=train_loader.collate_fn,
+            pin_memory=train_loader.pin_memory,
+        )
+        for number, part in enumerate(shared):
+            yield (
+                [tensor.to(device, non_blocking=True) for tensor in part],
+                shares[number][1],
+                len(batches[number]),
+                number + 1 == len(batches),
+            )
 
 
 def gathered(value: T) -> list[T]:
@@ -205,11 +201,8 @@ def rank_zero_report(rank: int, directory: Path, step: int, epoch: int, metrics:
     if rank == 0:
         with (directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), "epoch": epoch, **metrics}) + "\n")
-        print(
-            f"step {step:,} · "
-            + " · ".join(f"{name} {value:.4g}" for name, value in {"epoch": epoch, **metrics}.items()),
-            flush=True,
-        )
+        values = " · ".join(f"{name} {value:.4g}" for name, value in {"epoch": epoch, **metrics}.items())
+        print(f"step {step:,} · {values}", flush=True)
 
 
 def read_on_ranks(metrics: Metrics) -> dict[str, float]:
@@ -283,15 +276,7 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
         mesh,
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False),
     )
-    run = Run(
-        model=model,
-        step_function=step_function,
-        val_loader=val_loader,
-        autocast=autocast,
-        rank=rank,
-        world_size=world_size,
-        stepper=stepper,
-    )
+    run = Run(model, step_function, val_loader, autocast, rank, world_size, stepper)
     now = dict(model.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [now[named_before[id(parameter_3)]] for parameter_3 in group["params"]]

@@ -51,21 +51,20 @@ class Metrics:
 def epochs(train_loader: Any, device: torch.device) -> Iterator[tuple[Any, bool]]:
     """Yield batches, and whether each ends its epoch, whose order depends on the seed and its number alone."""
     seed = torch.initial_seed()
-    train_loader.sampler.generator = order = torch.Generator()
-    try:
-        for epoch in itertools.count():
-            order.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-            for number, batch in enumerate(train_loader, 1):
-                yield [tensor.to(device, non_blocking=True) for tensor in batch], number == len(train_loader)
-    finally:
-        train_loader.sampler.generator = None
+    for epoch in itertools.count():
+        mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+        train_loader.sampler.generator = torch.Generator().manual_seed(mixed)
+        for number, batch in enumerate(train_loader, 1):
+            train_loader.sampler.generator = None  # the epoch's order is drawn
+            yield [tensor.to(device, non_blocking=True) for tensor in batch], number == len(train_loader)
 
 
-def report(run_dir: Path, step: int, epoch: int, metrics: dict[str, float]) -> None:
+def report(run_dir: Path, step: int, epoch: int, measured: dict[str, float]) -> None:
     """Hand metrics to the loggers and the console."""
     with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "time": round(time.time(), 3), "epoch": epoch, **metrics}) + "\n")
-    print(f"step {step:,} · " + " · ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
+        file.write(json.dumps({"step": step, "time": round(time.time(), 3), "epoch": epoch, **measured}) + "\n")
+    values = " · ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    print(f"step {step:,} · {values}", flush=True)
 
 
 def evaluate(

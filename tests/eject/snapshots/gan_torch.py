@@ -25,7 +25,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import PackedSequence
@@ -36,6 +36,8 @@ MAX_STEPS = 2000  # stop after this many steps, counted from the start of the ru
 LOG_EVERY_N_STEPS = 500  # steps between two log points; the only points where the host waits for the device
 RUN_DIR = "runs/gan"  # the folder of the run; None: one named by the time, in runs/<script>
 KEEP_LAST = 2  # how many of the newest checkpoints stay; with one, a damaged one has none before it
+EXIT_STATUS = 85  # of a process that saved and left because it was told to
+DURATIONS = "max_steps", "max_epochs", "max_time"
 
 
 @dataclass(frozen=True)
@@ -46,29 +48,19 @@ class Compute:
     dtype: torch.dtype | None = None  # what floating inputs are converted to, where the model was
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A committed checkpoint, as its manifest tells."""
-
-    path: Path
-    step: int
-    metrics: Mapping[str, float]
-    manifest: Mapping[str, Any]
-
-
-def committed(directory: Path) -> list[Saved]:
-    """Return the checkpoints in a folder, oldest first."""
-    manifests = [(path.parent, json.loads(path.read_text())) for path in sorted(directory.glob("step-*/manifest.json"))]
-    return [Saved(path, manifest["step"], manifest["metrics"], manifest) for path, manifest in manifests]
+def sha256(path: Path) -> str:
+    """Return the hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def newest_good(directory: Path) -> Path | None:
     """Return the newest checkpoint whose files are as they were written; None where there is none at all."""
-    found = committed(directory)
-    for saved in reversed(found):
-        hashes = {name: file["sha256"] for name, file in saved.manifest["files"].items()}
-        if hashes == {name: hashlib.sha256((saved.path / name).read_bytes()).hexdigest() for name in hashes}:
-            return saved.path
+    found = {path.parent: json.loads(path.read_text()) for path in sorted(directory.glob("step-*/manifest.json"))}
+    for path, manifest in reversed(found.items()):
+        files = manifest["files"].items()
+        if all((path / name).is_file() and sha256(path / name) == file["sha256"] for name, file in files):
+            return path
     if found:
         raise RuntimeError(f"No checkpoint in {directory} is as it was written. To start anew, give another run_dir.")
     return None
@@ -89,17 +81,17 @@ class Progress:
     batch: int = 0  # batches of the loader in the epoch that is running
     seconds: float = 0.0  # time spent between the start and the last save, earlier sessions counted in
     stopped_by: str | None = None  # why the run ended; None: it has not
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation, or log point
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last validation, or log point
     validated_at: int = -1  # the step of that validation
     saved_at: int = -1  # the step whose checkpoint holds all of the run as it is now; -1: something came since
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it."""
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        for own in dataclasses.fields(self):
+        for own in fields(self):
             setattr(self, own.name, state.get(own.name, getattr(self, own.name)))
 
 
@@ -156,27 +148,24 @@ class Data:
 
     def epochs(self, epoch: int, start: int, restore_random: Callable[[], None] | None) -> Iterator[tuple[Any, bool]]:
         """Yield each batch, and whether it ends its epoch; the first is batch `start` of `epoch`."""
-        order = self.loader.sampler.generator = torch.Generator()
-        try:
-            for number in itertools.count(epoch):
-                order.manual_seed(int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0]))
-                if restore_random is not None and start == 0:  # making an iterator draws a number
+        for number in itertools.count(epoch):
+            mixed = int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
+            self.loader.sampler.generator = torch.Generator().manual_seed(mixed)
+            if restore_random is not None and start == 0:  # making an iterator draws a number
+                restore_random()
+            for index, batch in enumerate(self.loader, 1):
+                self.loader.sampler.generator = None  # the epoch's order is drawn
+                if index > start:
+                    yield move(batch, self.device), index == len(self.loader)
+                elif restore_random is not None and index == start:
                     restore_random()
-                for index, batch in enumerate(self.loader, 1):
-                    if index > start:
-                        yield move(batch, self.device), index == len(self.loader)
-                    elif restore_random is not None and index == start:
-                        restore_random()
-                start = 0
-                restore_random = None
-        finally:
-            self.loader.sampler.generator = None
+            start, restore_random = 0, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
-        size = self.loader.batch_size
-        samples = min(len(self.loader.dataset), len(self.loader) * size)
-        source = {"seed": self.seed, "samples": samples, "batch_size": size, "shuffle": True, "generators": []}
+        samples = min(len(self.loader.dataset), len(self.loader) * self.loader.batch_size)
+        order = {"seed": self.seed, "samples": samples, "batch_size": self.loader.batch_size, "shuffle": True}
+        source = {**order, "generators": []}
         return {"kind": "GlobalOrderSource", "batches": len(self.loader), "source": source, "random": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -207,16 +196,6 @@ def count_samples(batch: Any) -> int:
     return first.shape[0] if first is not None and first.dim() > 0 else 1
 
 
-def grouped(batches: Iterator[tuple[Any, bool]]) -> Iterator[tuple[list[tuple[Any, int]], bool]]:
-    """Yield so many batches at a time, each with its size; the last of an epoch are what is left."""
-    group: list[tuple[Any, int]] = []
-    for batch, at_end in batches:
-        group.append((batch, count_samples(batch)))
-        if len(group) == 1 or at_end:
-            yield group, at_end
-            group = []
-
-
 class Steps:
     """The batches of step after step, each with its size, for a loop that counts the steps itself."""
 
@@ -228,9 +207,9 @@ class Steps:
     def steps(self, progress: Progress, restore_random: Callable[[], None] | None) -> Iterator[list[tuple[Any, int]]]:
         """Yield the batches of step after step, from `progress` on."""
         batches = self.data.epochs(progress.epoch, progress.batch, restore_random)
-        for group, at_end in grouped(batches):
+        for batch, at_end in batches:
             self.at_end = at_end
-            yield group
+            yield [(batch, count_samples(batch))]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
@@ -239,20 +218,6 @@ class Steps:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the seed of the run that goes on."""
         self.data.load_state_dict(state)
-
-
-def rows_state(rows: list[tuple[Any, int]]) -> dict[str, Any]:
-    """Return values and their weights as a checkpoint holds them."""
-    totals = [float(value) for value, _ in rows]
-    counts = [float(samples) for _, samples in rows]
-    columns = [torch.tensor(totals, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)]
-    return {"weighted": True, "folded": [columns]}
-
-
-def plain_rows(saved: dict[str, Any]) -> list[tuple[Any, int]]:
-    """Return the values that a checkpoint holds."""
-    pairs = [pair for columns in saved["folded"] for pair in zip(*(column.tolist() for column in columns), strict=True)]
-    return [(value, int(samples)) for value, samples in pairs]
 
 
 class Metrics:
@@ -280,11 +245,17 @@ class Metrics:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was added since the last reading."""
-        return {name: rows_state(rows) for name, rows in self.rows.items()}
+        return {
+            name: {"weighted": True, "folded": [list(torch.tensor(rows, dtype=torch.float64).T)]}
+            for name, rows in self.rows.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        self.rows = {name: plain_rows(saved) for name, saved in state.items()}
+        self.rows = {
+            name: [pair for columns in saved["folded"] for pair in torch.stack(columns).T.tolist()]
+            for name, saved in state.items()
+        }
 
 
 @dataclass(kw_only=True)
@@ -327,20 +298,10 @@ class StopSignals:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put all generators of this process back into a state that `random_state` returned."""
     random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.asarray(keys), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["accelerator"] is not None and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state_all(state["accelerator"])
-
-
-def open_data(train: Steps, state: dict[str, Any] | None) -> Callable[[], None] | None:
-    """Bring the data to where it was saved. Returns what puts the random states back where the data says; None in a new run."""
-    if state is None:
-        return None
-    if state["data"] is not None:
-        train.load_state_dict(state["data"])
-    return functools.partial(set_random_state, state["random"])
 
 
 def count_batches(run: Run, batch: list[tuple[Any, int]] | None, epoch_ended: bool) -> None:
@@ -359,15 +320,13 @@ def check(watched: list[tuple[int, str, Tensor]]) -> None:
     watched.clear()
 
 
-def report(run: Run, metrics: dict[str, float]) -> None:
+def report(run: Run, measured: dict[str, float]) -> None:
     """Hand metrics to the loggers and the console."""
-    record = {"epoch": run.progress.epoch, **metrics}
+    record = {"epoch": run.progress.epoch, **measured}
     with (run.info.run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": run.progress.step, "time": round(time.time(), 3), **record}) + "\n")
-    print(
-        f"step {run.progress.step:,} · " + " · ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
-        flush=True,
-    )
+    values = " · ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    print(f"step {run.progress.step:,} · {values}", flush=True)
     run.progress.saved_at = -1
 
 
@@ -390,9 +349,9 @@ def names_of(optimizer: Optimizer, model: nn.Module) -> list[str]:
 def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return the state of each parameter, and the groups, both by name."""
     names = names_of(optimizer, model)
-    state = optimizer.state_dict()
-    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
-    return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
+    kept = optimizer.state_dict()
+    named_groups = [{**group, "params": [names[index] for index in group["params"]]} for group in kept["param_groups"]]
+    return {"state": {names[index]: values for index, values in kept["state"].items()}, "groups": named_groups}
 
 
 def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -401,15 +360,13 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
         case Tensor() | np.ndarray():
             tensors[path] = torch.as_tensor(value).detach()
             return {"$tensor": path}
+        case dict() if all(isinstance(key, str) for key in value):
+            return {key: encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
         case dict():
-            items = {key: encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
-            return (
-                items if all(isinstance(key, str) for key in items) else {"$dict": [[*pair] for pair in items.items()]}
-            )
-        case list():
-            return [encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
-        case tuple():
-            return {"$tuple": encode(list(value), tensors, path)}
+            return {"$dict": [[key, encode(item, tensors, f"{path}/{key}")] for key, item in value.items()]}
+        case list() | tuple():
+            items = [encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
+            return items if isinstance(value, list) else {"$tuple": items}
         case float() if not math.isfinite(value):
             return {"$float": repr(value)}
     return value
@@ -424,91 +381,82 @@ def random_state() -> dict[str, Any]:
     return {"python": python, "numpy": numpy, "torch": default, "accelerator": accelerator}
 
 
-def logger_states(run: Run) -> dict[str, Any]:
-    """Return how long metrics.jsonl is, and the states of the loggers."""
-    size = (run.info.run_dir / "metrics.jsonl").stat().st_size
-    return {"JSONL": {"run": run.info.run_id, "size": size}}
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors that share no memory."""
-    save_file({name: value.cpu().clone().contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
-
-
-def write(directory: Path, step: int, trained: Any, held: Any, own: Any, state: Any, facts: Mapping[str, Any]) -> Path:
+def write(
+    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Any, run_id: str, measured: Any
+) -> None:
     """Write a checkpoint; it counts once its manifest, which has the size and hash of every file, is renamed into place."""
     name = f"step-{step:08d}"
-    numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in directory.glob(f"{name}*")]
-    path = directory / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
+    numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in folder.glob(f"{name}*")]
+    path = folder / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
     path.mkdir(parents=True)
-    write_tensors(path / "model.safetensors", {**trained})
-    write_tensors(path / "optimizer.safetensors", held)
-    write_tensors(path / "state.safetensors", own)
+    for name in sorted(groups):
+        save_file(
+            {key: value.cpu().clone().contiguous() for key, value in groups[name].items()},
+            path / f"{name}.safetensors",
+            {"format": "pt"},
+        )
     (path / "state.json").write_text(json.dumps(state))
     files = {}
     for file in sorted(path.iterdir()):
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
-            files[file.name] = {
-                "size": file.stat().st_size,
-                "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
-            }
-    manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, **facts}
-    manifest |= {"leads": [0], "files": files}
+        sync(file)
+        files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, "run_id": run_id}
+    manifest |= {"metrics": measured, "settings": {}, "leads": [0], "files": files}
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    with (path / "manifest.tmp").open("w") as out:
-        json.dump(manifest, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
+    (path / "manifest.tmp").write_text(json.dumps(manifest, indent=1))
+    sync(path / "manifest.tmp")
     (path / "manifest.tmp").rename(path / "manifest.json")
-    return path
 
 
-def save(run: Run) -> Path:
+def prune(directory: Path, step: int) -> None:
+    """Point `last` and `best` at the newest and the best checkpoint, and delete what does not stay."""
+    found = {path.parent: json.loads(path.read_text()) for path in sorted(directory.glob("step-*/manifest.json"))}
+    # The newest of each step; what is left of later ones will be made again.
+    saves = {manifest["step"]: path for path, manifest in found.items() if manifest["step"] <= step}
+    staying = {*list(saves.values())[-KEEP_LAST:]}
+    (directory / ".last").unlink(missing_ok=True)
+    (directory / ".last").symlink_to(saves[step].name)
+    (directory / ".last").rename(directory / "last")
+    for path in found.keys() - staying:
+        (path / "manifest.json").unlink()
+        shutil.rmtree(path)
+
+
+def save(run: Run) -> None:
     """Write a checkpoint of the run as it is at the end of a step, and delete those that it makes superfluous."""
     check(run.watch)
     for weight, parameter in run.model.named_parameters():
         if parameter.requires_grad and (not parameter.isfinite().all()):
-            raise FloatingPointError(
-                f"{weight} became NaN or infinite by step {run.progress.step}, which is not saved."
-            )
+            raise FloatingPointError(f"{weight} is NaN or infinite after step {run.progress.step}, which is not saved.")
     own = dict[str, Tensor]()
     held = dict[str, Tensor]()
-    extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
     optimizers = {name: optimizer_state(optimizer, run.model) for name, optimizer in run.optimizers.items()}
     state = encode(
         {
             "random": random_state(),
             "data": run.data.state_dict() if run.data is not None else None,
             "metrics": run.metrics.state_dict(),
-            "progress": {**run.progress.state_dict(), "seconds": run.progress.seconds + time.monotonic() - run.began},
+            "progress": {**asdict(run.progress), "seconds": run.progress.seconds + time.monotonic() - run.began},
             "scheduled_steps": run.scheduled_steps,
             "schedulers": {},
             "scheduler_classes": {},
             "scaler": None,
             "callbacks": {},
-            "loggers": logger_states(run),
+            "loggers": {"JSONL": {"run": run.info.run_id, "size": (run.info.run_dir / "metrics.jsonl").stat().st_size}},
         },
         own,
     )
-    state |= {"optimizers": encode(optimizers, held), "extra": encode(extra, own, "extra")}
-    trained = {name: value for name, value in run.model.state_dict().items() if isinstance(value, Tensor)}
+    state |= {"optimizers": encode(optimizers, held), "extra": {}}
+    groups = {"model": run.model.state_dict(), "optimizer": held, "state": own}
     measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
-    facts = {"run_id": run.info.run_id, "metrics": encode(measured, {}), "settings": {}}
-    path = write(run.info.run_dir / "checkpoints", run.progress.step, trained, held, own, state, facts)
-    directory = run.info.run_dir / "checkpoints"
-    step = run.progress.step
-    found = committed(directory)
-    saves = list({saved.step: saved for saved in found if saved.step <= step}.values())  # the newest of each step
-    staying = {saved.path for saved in [*saves[-KEEP_LAST:]]}
-    (directory / ".last").unlink(missing_ok=True)
-    (directory / ".last").symlink_to(saves[-1].path.name)
-    (directory / ".last").rename(directory / "last")
-    for saved in found:
-        if saved.path not in staying:
-            (saved.path / "manifest.json").unlink()
-            shutil.rmtree(saved.path)
-    return path
+    write(run.info.run_dir / "checkpoints", run.progress.step, groups, state, run.info.run_id, encode(measured, {}))
+    prune(run.info.run_dir / "checkpoints", run.progress.step)
 
 
 def save_and_tell(run: Run) -> None:
@@ -525,7 +473,9 @@ def own_steps(run: Run, signals: StopSignals, state: dict[str, Any] | None, load
             set_random_state(state["random"])  # for what the script does next
         return
     run.data = train
-    restore_random = open_data(train, state)
+    if state is not None:
+        train.load_state_dict(state["data"])
+    restore_random = functools.partial(set_random_state, state["random"]) if state is not None else None
 
     with signals:
         stream: Iterator[Any] = train.steps(run.progress, restore_random)
@@ -572,18 +522,12 @@ def evaluate(model: nn.Module, step_function: Any, loader: Any, compute: Compute
     return means
 
 
-EXIT_STATUS = 85  # of a process that saved and left because it was told to
-
-
 @dataclass(frozen=True)
 class Result:
     """How a run ended."""
 
     step: int  # steps that were made, earlier sessions counted in
-    epoch: int  # whole epochs
     metrics: dict[str, float]  # of the last validation; of the last log point where nothing was validated
-    stopped_by: str  # "max_steps", "max_epochs", "max_time", a signal, or what a callback said
-    run_dir: Path
 
 
 class Loop:
@@ -635,20 +579,15 @@ class Loop:
 
     def backward(self, step_function: Any, batch: Any, optimizer: Optimizer | None = None) -> Any:
         """Add the gradients of a step's loss to what the parameters hold; returns what the step returned."""
-        parts = [(batch, count_samples(batch))]
+        samples = count_samples(batch)
         name = next((name for name, own in self.run.optimizers.items() if own is optimizer), None)
         prefix = f"{name}/" if name is not None and len(self.run.optimizers) > 1 else ""
         run = self.run
-        total = parts[0][1] if len(parts) == 1 else sum([samples for _, samples in parts])
-        alone = len(parts) == 1
-        for part, samples in parts:
-            output = step_function(run.model, part)
-            loss = output if isinstance(output, Tensor) else output["loss"]
-            if not alone and samples != total:
-                loss = loss * (samples / total)
-            loss.backward()
-            run.watch.append((run.progress.step, "loss", loss.detach().clone()))
-            run.metrics.add(output, samples, prefix)
+        output = step_function(run.model, batch)
+        loss = output if isinstance(output, Tensor) else output["loss"]
+        loss.backward()
+        run.watch.append((run.progress.step, "loss", loss.detach().clone()))
+        run.metrics.add(output, samples, prefix)
         return output
 
     def apply(self, optimizer: Optimizer) -> None:
@@ -682,13 +621,8 @@ class Loop:
                 save_and_tell(run)
         if self.signals.received is not None:
             raise SystemExit(EXIT_STATUS)
-        return Result(
-            step=self.run.progress.step,
-            epoch=self.run.progress.epoch,
-            metrics=self.run.progress.metrics,
-            stopped_by=self.run.progress.stopped_by or "",
-            run_dir=self.run.info.run_dir,
-        )
+        run_2 = self.run
+        return Result(step=run_2.progress.step, metrics=run_2.progress.metrics)
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -709,37 +643,31 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return value
 
 
-DURATIONS = "max_steps", "max_epochs", "max_time"
-
-
 def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
-    """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers, for `open_data`."""
+    """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers."""
     weights, trained = (
         next(map(load_file, checkpoint.glob(f"{group}.safetensors")), {}) for group in ("model", "training")
     )
-    state_2 = json.loads((checkpoint / "state.json").read_text())
-    if state_2["progress"].get("owes_validation"):
+    read = json.loads((checkpoint / "state.json").read_text())
+    if read["progress"].get("owes_validation"):
         raise RuntimeError(f"{checkpoint} was saved in a validation, which only Sheer goes on with.")
-    optimizers = decode(state_2.pop("optimizers"), load_file(checkpoint / "optimizer.safetensors"))
-    state = {**decode(state_2, load_file(checkpoint / "state.safetensors")), "optimizers": optimizers}
-    run.model.load_state_dict({**(trained or weights), **state["extra"]})
+    tensors = {**load_file(checkpoint / "optimizer.safetensors"), **load_file(checkpoint / "state.safetensors")}
+    state = decode(read, tensors)
+    run.model.load_state_dict(trained or weights)
     run.progress.load_state_dict(state["progress"])
     for name, optimizer in run.optimizers.items():  # after the schedulers, which may touch the groups
         saved = state["optimizers"][name]
-        model = run.model
-        names = names_of(optimizer, model)
+        names = names_of(optimizer, run.model)
         index_of = {key: index for index, key in enumerate(names)}
         own_groups = optimizer.state_dict()["param_groups"]
         groups = [
-            {**group_2, "params": own["params"]} for own, group_2 in zip(own_groups, saved["groups"], strict=True)
+            {**of_saved, "params": own["params"]} for own, of_saved in zip(own_groups, saved["groups"], strict=True)
         ]
         values = {index_of[key]: value for key, value in saved["state"].items()}
         optimizer.load_state_dict({"state": values, "param_groups": groups})
     os.truncate(run.info.run_dir / "metrics.jsonl", state["loggers"]["JSONL"]["size"])
     if (run.progress.stopped_by or "").startswith("SIG") or run.progress.stopped_by in DURATIONS:
-        run.progress.stopped_by = (
-            "max_steps" if run.progress.step >= MAX_STEPS else None
-        )  # it may be longer now, or that of another run
+        run.progress.stopped_by = "max_steps" if run.progress.step >= MAX_STEPS else None  # it may be longer now
     run.metrics.load_state_dict(state["metrics"])
     return {"data": state["data"], "random": state["random"]}
 
@@ -764,13 +692,7 @@ def start_loop(model: nn.Module, optimizers: Mapping[str, Any]) -> Loop:
         optimizers=optimizers,
         compute=compute,
         parameters=parameters,
-        info=RunInfo(
-            run_id=run_id,
-            run_dir=run_dir,
-            device=compute.device,
-            start_step=manifest["step"] if manifest is not None else 0,
-            steps_per_epoch=None,
-        ),
+        info=RunInfo(run_id, run_dir, compute.device, manifest["step"] if manifest is not None else 0, None),
         scheduled_steps=None,
         data=None,
         progress=progress,

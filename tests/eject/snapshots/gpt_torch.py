@@ -20,21 +20,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-import dataclasses
 import functools
 import hashlib
 import itertools
 import numpy as np
-import operator
 import os
 import random
 import secrets
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -49,6 +47,8 @@ VALIDATE_EVERY_N_STEPS = 100  # steps between validations; None: at the end of e
 MONITOR = "val/loss"  # the metric that says which checkpoint is best, such as "val/loss"
 CHECKPOINT_EVERY_N_STEPS = 100  # save after every n-th step; None: not by steps
 KEEP_LAST = 2  # how many of the newest checkpoints stay; with one, a damaged one has none before it
+DURATIONS = "max_steps", "max_epochs", "max_time"
+EXIT_STATUS = 85  # of a process that saved and left because it was told to
 
 
 def load_weights(model: nn.Module, source: str | Path, which: str = "best") -> Path:
@@ -89,7 +89,7 @@ class LearningRateMonitor:
         """Keep the optimizers."""
         self._optimizers = optimizers
 
-    def on_log(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float] | None:
+    def on_log(self) -> Mapping[str, float] | None:
         """Return the values of all groups."""
         logged: dict[str, float] = {}
         for label, optimizer in self._optimizers.items():
@@ -99,17 +99,6 @@ class LearningRateMonitor:
                 place += f"/{group.get('name', index)}" if len(groups) > 1 else ""
                 logged[f"lr{place}"] = float(group["lr"])
         return logged
-
-
-@dataclass(frozen=True, slots=True)
-class RunInfo:
-    """What a callback or logger is told at the start of a run."""
-
-    run_id: str
-    run_dir: Path
-    device: torch.device
-    start_step: int  # the steps that were done before: 0, or where the run goes on
-    steps_per_epoch: int | None
 
 
 def tokens_of(tokens: int | str | Callable[[Any], int | Tensor], part: Any, samples: int) -> int | Tensor:
@@ -132,9 +121,9 @@ class Throughput:
         self._since: float | None = None
         self._left_out = self._paused = self._step_ended = 0.0
 
-    def on_fit_start(self, info: RunInfo) -> None:
+    def on_fit_start(self, start_step: int) -> None:
         """Find out the peak."""
-        self._step, self._since = info.start_step, None
+        self._step, self._since = start_step, None
 
     def on_step_start(self, batch: Any) -> None:
         """Count what the step trains on."""
@@ -146,15 +135,15 @@ class Throughput:
             if self.tokens is not None and samples > 0:  # else it is run for the other ranks' sake
                 self._counts.append(tokens_of(self.tokens, part, samples))
 
-    def on_evaluation_start(self, model: nn.Module) -> None:
+    def on_evaluation_start(self) -> None:
         """Stop the clock."""
         self._paused = time.perf_counter()
 
-    def on_evaluation_end(self, model: nn.Module) -> None:
+    def on_evaluation_end(self) -> None:
         """Let the clock go on."""
         self._left_out += time.perf_counter() - self._paused
 
-    def on_log(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float] | None:
+    def on_log(self, step: int) -> Mapping[str, float] | None:
         """Return the speed since the last log point."""
         now = time.perf_counter()
         taken = step - self._step
@@ -172,36 +161,28 @@ class Throughput:
         self._counts.clear()
         return {f"throughput/{name}": value for name, value in logged.items()}
 
-    def on_step_end(self, step: int, model: nn.Module) -> None:
+    def on_step_end(self) -> None:
         """Note when a save may begin."""
         self._step_ended = time.perf_counter()
 
-    def on_save(self, step: int, path: Path) -> None:
+    def on_save(self) -> None:
         """Leave the save out."""
         self._left_out += time.perf_counter() - self._step_ended
-
-    def on_exception(self, error: BaseException) -> None:
-        """Leave no mode of torch behind."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the FLOPs that were counted."""
         return {"flops_per_sample": None}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self) -> None:
         """Take back what `state_dict` returned."""
 
 
 class TensorBoard:
     """Writes TensorBoard's event files to a folder in the run's folder."""
 
-    def __init__(self) -> None:
-        self.goes_on = False  # opened before in this process: nothing in the files is to be hidden
-
-    def start(self, info: RunInfo) -> None:
+    def start(self, run_dir: Path, start_step: int) -> None:
         """Open a new event file; what others in the folder hold of steps that will be made again is hidden."""
-        hide_from = None if self.goes_on else info.start_step + 1
-        self.writer = SummaryWriter(str(info.run_dir / "tensorboard"), purge_step=hide_from, flush_secs=10)
-        self.goes_on = True
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a scalar for each metric."""
@@ -217,10 +198,6 @@ class TensorBoard:
         self.writer.flush()
         return {"run": None}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hide, at the start, what was written after the checkpoint."""
-        self.goes_on = False
-
 
 class Data:
     """The batches of epoch after epoch, from any position on; the order of an epoch depends on the seed and its number alone."""
@@ -229,31 +206,27 @@ class Data:
         self.loader = loader
         self.device = device
         self.seed = torch.initial_seed()
-        self.steps_per_epoch = len(loader)
 
     def epochs(self, epoch: int, start: int, restore_random: Callable[[], None] | None) -> Iterator[tuple[Any, bool]]:
         """Yield each batch, and whether it ends its epoch; the first is batch `start` of `epoch`."""
-        order = self.loader.sampler.generator = torch.Generator()
-        try:
-            for number in itertools.count(epoch):
-                order.manual_seed(int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0]))
-                if restore_random is not None and start == 0:  # making an iterator draws a number
+        for number in itertools.count(epoch):
+            mixed = int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
+            self.loader.sampler.generator = torch.Generator().manual_seed(mixed)
+            if restore_random is not None and start == 0:  # making an iterator draws a number
+                restore_random()
+            for index, batch in enumerate(self.loader, 1):
+                self.loader.sampler.generator = None  # the epoch's order is drawn
+                if index > start:
+                    yield [tensor.to(self.device, non_blocking=True) for tensor in batch], index == len(self.loader)
+                elif restore_random is not None and index == start:
                     restore_random()
-                for index, batch in enumerate(self.loader, 1):
-                    if index > start:
-                        yield [tensor.to(self.device, non_blocking=True) for tensor in batch], index == len(self.loader)
-                    elif restore_random is not None and index == start:
-                        restore_random()
-                start = 0
-                restore_random = None
-        finally:
-            self.loader.sampler.generator = None
+            start, restore_random = 0, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
-        size = self.loader.batch_size
-        samples = min(len(self.loader.dataset), len(self.loader) * size)
-        source = {"seed": self.seed, "samples": samples, "batch_size": size, "shuffle": True, "generators": []}
+        samples = min(len(self.loader.dataset), len(self.loader) * self.loader.batch_size)
+        order = {"seed": self.seed, "samples": samples, "batch_size": self.loader.batch_size, "shuffle": True}
+        source = {**order, "generators": []}
         return {"kind": "GlobalOrderSource", "batches": len(self.loader), "source": source, "random": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -261,38 +234,27 @@ class Data:
         self.seed = state["source"]["seed"]
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A committed checkpoint, as its manifest tells."""
-
-    path: Path
-    step: int
-    metrics: Mapping[str, float]
-    manifest: Mapping[str, Any]
+def committed(directory: Path) -> dict[Path, Any]:
+    """Return the checkpoints in a folder, oldest first, each with its manifest."""
+    return {path.parent: json.loads(path.read_text()) for path in sorted(directory.glob("step-*/manifest.json"))}
 
 
-def committed(directory: Path) -> list[Saved]:
-    """Return the checkpoints in a folder, oldest first."""
-    manifests = [(path.parent, json.loads(path.read_text())) for path in sorted(directory.glob("step-*/manifest.json"))]
-    return [Saved(path, manifest["step"], manifest["metrics"], manifest) for path, manifest in manifests]
+def sha256(path: Path) -> str:
+    """Return the hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def newest_good(directory: Path) -> Path | None:
     """Return the newest checkpoint whose files are as they were written; None where there is none at all."""
     found = committed(directory)
-    for saved in reversed(found):
-        hashes = {name: file["sha256"] for name, file in saved.manifest["files"].items()}
-        if hashes == {name: hashlib.sha256((saved.path / name).read_bytes()).hexdigest() for name in hashes}:
-            return saved.path
+    for path, manifest in reversed(found.items()):
+        files = manifest["files"].items()
+        if all((path / name).is_file() and sha256(path / name) == file["sha256"] for name, file in files):
+            return path
     if found:
         raise RuntimeError(f"No checkpoint in {directory} is as it was written. To start anew, give another run_dir.")
     return None
-
-
-def held_by(optimizer: Optimizer, model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a model that an optimizer updates, in the model's order."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [parameter for parameter in model.parameters() if id(parameter) in held]
 
 
 @dataclass(slots=True)
@@ -304,31 +266,17 @@ class Progress:
     batch: int = 0  # batches of the loader in the epoch that is running
     seconds: float = 0.0  # time spent between the start and the last save, earlier sessions counted in
     stopped_by: str | None = None  # why the run ended; None: it has not
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last validation, or log point
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last validation, or log point
     validated_at: int = -1  # the step of that validation
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it."""
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        for own in dataclasses.fields(self):
+        for own in fields(self):
             setattr(self, own.name, state.get(own.name, getattr(self, own.name)))
-
-
-def rows_state(rows: list[tuple[Any, int]]) -> dict[str, Any]:
-    """Return values and their weights as a checkpoint holds them."""
-    totals = [float(value) for value, _ in rows]
-    counts = [float(samples) for _, samples in rows]
-    columns = [torch.tensor(totals, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)]
-    return {"weighted": True, "folded": [columns]}
-
-
-def plain_rows(saved: dict[str, Any]) -> list[tuple[Any, int]]:
-    """Return the values that a checkpoint holds."""
-    pairs = [pair for columns in saved["folded"] for pair in zip(*(column.tolist() for column in columns), strict=True)]
-    return [(value, int(samples)) for value, samples in pairs]
 
 
 class Metrics:
@@ -356,11 +304,17 @@ class Metrics:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was added since the last reading."""
-        return {name: rows_state(rows) for name, rows in self.rows.items()}
+        return {
+            name: {"weighted": True, "folded": [list(torch.tensor(rows, dtype=torch.float64).T)]}
+            for name, rows in self.rows.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        self.rows = {name: plain_rows(saved) for name, saved in state.items()}
+        self.rows = {
+            name: [pair for columns in saved["folded"] for pair in torch.stack(columns).T.tolist()]
+            for name, saved in state.items()
+        }
 
 
 @dataclass
@@ -368,19 +322,17 @@ class Run:
     """What the functions below work on."""
 
     model: nn.Module
-    built: Mapping[str, Optimizer]
+    optimizer: Optimizer
     scheduler: Any
-    throughput: Any
-    tensor_board: Any
-    info: RunInfo
-    progress: Progress
-    device: torch.device
-    learning_rate_monitor: Any
+    run_dir: Path
+    throughput: Throughput
+    tensor_board: TensorBoard
+    run_id: str
     train: Data
-    watch: list[tuple[int, str, Tensor]]
-    began: float
-    step_function: Any
-    val_loader: Any
+    progress: Progress = field(default_factory=Progress)
+    metrics: Metrics = field(default_factory=Metrics)
+    watch: list[tuple[int, str, Tensor]] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -408,51 +360,37 @@ def names_of(optimizer: Optimizer, model: nn.Module) -> list[str]:
     return [known.get(id(parameter), f"#{index}") for index, parameter in enumerate(parameters)]
 
 
-DURATIONS = "max_steps", "max_epochs", "max_time"
-
-
-def restore(run: Run, metrics: Metrics, checkpoint: Path) -> dict[str, Any]:
-    """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers, for `open_data`."""
+def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
+    """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers."""
     weights, trained = (
         next(map(load_file, checkpoint.glob(f"{group}.safetensors")), {}) for group in ("model", "training")
     )
-    state_2 = json.loads((checkpoint / "state.json").read_text())
-    if state_2["progress"].get("owes_validation"):
+    read = json.loads((checkpoint / "state.json").read_text())
+    if read["progress"].get("owes_validation"):
         raise RuntimeError(f"{checkpoint} was saved in a validation, which only Sheer goes on with.")
-    optimizers = decode(state_2.pop("optimizers"), load_file(checkpoint / "optimizer.safetensors"))
-    state = {**decode(state_2, load_file(checkpoint / "state.safetensors")), "optimizers": optimizers}
-    run.model.load_state_dict({**(trained or weights), **state["extra"]})
+    tensors = {**load_file(checkpoint / "optimizer.safetensors"), **load_file(checkpoint / "state.safetensors")}
+    state = decode(read, tensors)
+    run.model.load_state_dict(trained or weights)
     run.progress.load_state_dict(state["progress"])
     run.scheduler.load_state_dict(state["schedulers"]["optimizer"])
-    for name, optimizer in run.built.items():  # after the schedulers, which may touch the groups
-        saved = state["optimizers"][name]
-        names = names_of(optimizer, run.model)
-        index_of = {key: index for index, key in enumerate(names)}
-        own_groups = optimizer.state_dict()["param_groups"]
-        groups = [
-            {**group_2, "params": own["params"]} for own, group_2 in zip(own_groups, saved["groups"], strict=True)
-        ]
-        values = {index_of[key]: value for key, value in saved["state"].items()}
-        optimizer.load_state_dict({"state": values, "param_groups": groups})
-    if "Throughput" in state["callbacks"]:
-        run.throughput.load_state_dict(state["callbacks"]["Throughput"])
-    states = state["loggers"]
-    os.truncate(run.info.run_dir / "metrics.jsonl", states["JSONL"]["size"])
-    if "TensorBoard" in states:
-        run.tensor_board.load_state_dict(states["TensorBoard"])
+    saved = state["optimizers"]["optimizer"]
+    names = names_of(run.optimizer, run.model)
+    index_of = {key: index for index, key in enumerate(names)}
+    own_groups = run.optimizer.state_dict()["param_groups"]
+    groups = [{**of_saved, "params": own["params"]} for own, of_saved in zip(own_groups, saved["groups"], strict=True)]
+    values = {index_of[key]: value for key, value in saved["state"].items()}
+    run.optimizer.load_state_dict({"state": values, "param_groups": groups})
+    os.truncate(run.run_dir / "metrics.jsonl", state["loggers"]["JSONL"]["size"])
     if (run.progress.stopped_by or "").startswith("SIG") or run.progress.stopped_by in DURATIONS:
-        run.progress.stopped_by = (
-            "max_steps" if run.progress.step >= MAX_STEPS else None
-        )  # it may be longer now, or that of another run
-    metrics.load_state_dict(state["metrics"])
+        run.progress.stopped_by = "max_steps" if run.progress.step >= MAX_STEPS else None  # it may be longer now
+    run.metrics.load_state_dict(state["metrics"])
     return {"data": state["data"], "random": state["random"]}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Put all generators of this process back into a state that `random_state` returned."""
     random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.asarray(keys), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["accelerator"] is not None and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state_all(state["accelerator"])
@@ -462,51 +400,16 @@ def set_random_state(state: dict[str, Any]) -> None:
 class Result:
     """How a run ended."""
 
-    step: int  # steps that were made, earlier sessions counted in
-    epoch: int  # whole epochs
     metrics: dict[str, float]  # of the last validation; of the last log point where nothing was validated
     best: Path | None  # the best checkpoint by the monitored metric
-    stopped_by: str  # "max_steps", "max_epochs", "max_time", a signal, or what a callback said
     run_dir: Path
 
 
-def linked(link: Path) -> Path | None:
-    """Return the checkpoint that a link points to, or None where there is no such link."""
-    return link.parent / link.readlink() if link.is_symlink() else None
-
-
-def result_of(info: RunInfo, progress: Progress) -> Result:
+def result_of(run_dir: Path, progress: Progress) -> Result:
     """Return how a run ended."""
-    return Result(
-        step=progress.step,
-        epoch=progress.epoch,
-        metrics=progress.metrics,
-        best=linked(info.run_dir / "checkpoints" / "best"),
-        stopped_by=progress.stopped_by or "",
-        run_dir=info.run_dir,
-    )
-
-
-def open_data(train: Data, state: dict[str, Any] | None) -> Callable[[], None] | None:
-    """Bring the data to where it was saved. Returns what puts the random states back where the data says; None in a new run."""
-    if state is None:
-        return None
-    if state["data"] is not None:
-        train.load_state_dict(state["data"])
-    return functools.partial(set_random_state, state["random"])
-
-
-@contextmanager
-def session(throughput: Any, tensor_board: Any, info: RunInfo) -> Iterator[None]:
-    """Open the loggers, and close them whatever happens."""
-    tensor_board.start(info)
-    try:
-        yield
-    except BaseException as error:
-        throughput.on_exception(error)
-        raise
-    finally:
-        tensor_board.close()
+    link = run_dir / "checkpoints" / "best"
+    best = link.parent / link.readlink() if link.is_symlink() else None
+    return Result(metrics=progress.metrics, best=best, run_dir=run_dir)
 
 
 class StopSignals:
@@ -537,80 +440,47 @@ def check(watch: list[tuple[int, str, Tensor]]) -> None:
     watch.clear()
 
 
-def report(tensor_board: Any, info: RunInfo, progress: Progress, metrics: dict[str, float]) -> None:
+def report(tensor_board: TensorBoard, run_dir: Path, progress: Progress, measured: dict[str, float]) -> None:
     """Hand metrics to the loggers and the console."""
-    record = {"epoch": progress.epoch, **metrics}
-    with (info.run_dir / "metrics.jsonl").open("a") as file:
+    record = {"epoch": progress.epoch, **measured}
+    with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": progress.step, "time": round(time.time(), 3), **record}) + "\n")
     tensor_board.log(progress.step, record)
-    print(
-        f"step {progress.step:,} · " + " · ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True
-    )
+    values = " · ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    print(f"step {progress.step:,} · {values}", flush=True)
 
 
-def log_training(run: Run, metrics: Metrics) -> None:
-    """Read what the steps since the last log point returned, and hand it to the loggers. The host waits for the device here."""
-    check(run.watch)
-    logged = {f"train/{name}": value for name, value in metrics.read().items()}
-    logged.update(run.learning_rate_monitor.on_log(run.progress.step, logged) or {})
-    logged.update(run.throughput.on_log(run.progress.step, logged) or {})
-    if run.progress.validated_at < 0:
-        run.progress.metrics = logged
-    report(run.tensor_board, run.info, run.progress, logged)
-
-
-def evaluate(run: Run) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, step_function: Any, val_loader: Any, device: torch.device, throughput: Throughput
+) -> dict[str, float]:
     """Return the weighted means of what the step returns, over all batches."""
-    training = [module for module in run.model.modules() if module.training]
-    run.model.eval()
-    run.throughput.on_evaluation_start(run.model)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    throughput.on_evaluation_start()
     metrics = Metrics()
-    for batch in run.val_loader:
+    for batch in val_loader:
         samples = len(batch[0])
-        batch = [tensor.to(run.device, non_blocking=True) for tensor in batch]
+        batch = [tensor.to(device, non_blocking=True) for tensor in batch]
         with torch.no_grad():
-            output = run.step_function(run.model, batch)
+            output = step_function(model, batch)
         metrics.add(output, samples)
     means = {"val/" + name: value for name, value in metrics.read().items()}
-    run.throughput.on_evaluation_end(run.model)
+    throughput.on_evaluation_end()
     for module in training:
         module.training = True
     return means
 
 
-def validate(run: Run) -> str | None:
-    """Validate, report it, and tell the schedulers and callbacks that follow it. Returns why the run is to stop, or None."""
-    measured = evaluate(run)
-    run.progress.metrics = measured
-    run.progress.validated_at = run.progress.step
-    report(run.tensor_board, run.info, run.progress, measured)
-    return None
-
-
-def ranked(saves: Sequence[Saved]) -> list[Saved]:
-    """Return the checkpoints that have the monitored metric, the best first; of equals the older."""
-    known = [(1.0 * saved.metrics[MONITOR], saved.step, saved) for saved in saves if MONITOR in saved.metrics]
-    return [saved for _, _, saved in sorted(known, key=operator.itemgetter(0, 1))]
-
-
-def is_among_best(info: RunInfo, progress: Progress) -> bool:
+def is_among_best(run_dir: Path, progress: Progress) -> bool:
     """Whether the metrics of the last validation belong to the best that are kept."""
     if progress.validated_at != progress.step:
         return False
     value = progress.metrics[MONITOR]
-    best = ranked([saved for saved in committed(info.run_dir / "checkpoints") if saved.step < progress.step])[:1]
-    if len(best) < 1:
-        return value == value
-    worst = best[-1].metrics[MONITOR]
-    return value < worst
-
-
-def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return the state of each parameter, and the groups, both by name."""
-    names = names_of(optimizer, model)
-    state = optimizer.state_dict()
-    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
-    return {"state": {names[index]: values for index, values in state["state"].items()}, "groups": groups}
+    step = progress.step
+    earlier = [m["metrics"].get(MONITOR) for m in committed(run_dir / "checkpoints").values() if m["step"] < step]
+    others = [other for other in earlier if isinstance(other, (int, float))]
+    as_good = [other for other in others if other <= value]
+    return value == value and len(as_good) < 1
 
 
 def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -619,15 +489,13 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
         case Tensor() | np.ndarray():
             tensors[path] = torch.as_tensor(value).detach()
             return {"$tensor": path}
+        case dict() if all(isinstance(key, str) for key in value):
+            return {key: encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
         case dict():
-            items = {key: encode(item, tensors, f"{path}/{key}") for key, item in value.items()}
-            return (
-                items if all(isinstance(key, str) for key in items) else {"$dict": [[*pair] for pair in items.items()]}
-            )
-        case list():
-            return [encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
-        case tuple():
-            return {"$tuple": encode(list(value), tensors, path)}
+            return {"$dict": [[key, encode(item, tensors, f"{path}/{key}")] for key, item in value.items()]}
+        case list() | tuple():
+            items = [encode(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
+            return items if isinstance(value, list) else {"$tuple": items}
         case float() if not math.isfinite(value):
             return {"$float": repr(value)}
     return value
@@ -642,128 +510,104 @@ def random_state() -> dict[str, Any]:
     return {"python": python, "numpy": numpy, "torch": default, "accelerator": accelerator}
 
 
-def logger_states(tensor_board: Any, info: RunInfo) -> dict[str, Any]:
-    """Return how long metrics.jsonl is, and the states of the loggers."""
-    size = (info.run_dir / "metrics.jsonl").stat().st_size
-    return {"JSONL": {"run": info.run_id, "size": size}, "TensorBoard": tensor_board.state_dict()}
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors that share no memory."""
-    save_file({name: value.cpu().clone().contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def plain_write(
-    directory: Path, step: int, trained: Any, held: Any, own: Any, state: Any, facts: Mapping[str, Any]
-) -> Path:
+    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Any, run_id: str, measured: Any
+) -> None:
     """Write a checkpoint; it counts once its manifest, which has the size and hash of every file, is renamed into place."""
     name = f"step-{step:08d}"
-    numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in directory.glob(f"{name}*")]
-    path = directory / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
+    numbers = [int(path.name.removeprefix(name).strip("-") or 1) for path in folder.glob(f"{name}*")]
+    path = folder / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
     path.mkdir(parents=True)
-    write_tensors(path / "model.safetensors", {**trained})
-    write_tensors(path / "optimizer.safetensors", held)
-    write_tensors(path / "state.safetensors", own)
+    for name in sorted(groups):
+        save_file(
+            {key: value.cpu().clone().contiguous() for key, value in groups[name].items()},
+            path / f"{name}.safetensors",
+            {"format": "pt"},
+        )
     (path / "state.json").write_text(json.dumps(state))
     files = {}
     for file in sorted(path.iterdir()):
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
-            files[file.name] = {
-                "size": file.stat().st_size,
-                "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
-            }
-    manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, **facts}
-    manifest |= {"leads": [0], "files": files}
+        sync(file)
+        files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    manifest = {"format": 2, "step": step, "torch": torch.__version__, "world_size": 1, "run_id": run_id}
+    manifest |= {"metrics": measured, "settings": {}, "leads": [0], "files": files}
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    with (path / "manifest.tmp").open("w") as out:
-        json.dump(manifest, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
+    (path / "manifest.tmp").write_text(json.dumps(manifest, indent=1))
+    sync(path / "manifest.tmp")
     (path / "manifest.tmp").rename(path / "manifest.json")
-    return path
 
 
-def save(run: Run, metrics: Metrics) -> Path:
+def prune(directory: Path, step: int) -> None:
+    """Point `last` and `best` at the newest and the best checkpoint, and delete what does not stay."""
+    found = committed(directory)
+    # The newest of each step; what is left of later ones will be made again.
+    saves = {manifest["step"]: path for path, manifest in found.items() if manifest["step"] <= step}
+    paths = list(saves.values())
+    values = {path: found[path]["metrics"].get(MONITOR) for path in paths}
+    rated = [path for path, value in values.items() if isinstance(value, (int, float))]
+    best = sorted(rated, key=values.__getitem__)[:1]  # of equals the older
+    staying = {*paths[-KEEP_LAST:], *best}
+    for link, path in [("last", saves[step]), *(("best", path) for path in best[:1])]:
+        (directory / f".{link}").unlink(missing_ok=True)
+        (directory / f".{link}").symlink_to(path.name)
+        (directory / f".{link}").rename(directory / link)
+    for path in found.keys() - staying:
+        (path / "manifest.json").unlink()
+        shutil.rmtree(path)
+
+
+def save(run: Run) -> None:
     """Write a checkpoint of the run as it is at the end of a step, and delete those that it makes superfluous."""
     check(run.watch)
     for weight, parameter in run.model.named_parameters():
         if parameter.requires_grad and (not parameter.isfinite().all()):
-            raise FloatingPointError(
-                f"{weight} became NaN or infinite by step {run.progress.step}, which is not saved."
-            )
+            raise FloatingPointError(f"{weight} is NaN or infinite after step {run.progress.step}, which is not saved.")
     own = dict[str, Tensor]()
     held = dict[str, Tensor]()
-    extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
-    optimizers = {name: optimizer_state(optimizer, run.model) for name, optimizer in run.built.items()}
+    names = names_of(run.optimizer, run.model)
+    kept = run.optimizer.state_dict()
+    named_groups = [{**group, "params": [names[index] for index in group["params"]]} for group in kept["param_groups"]]
+    optimizers = {
+        "optimizer": {
+            "state": {names[index]: values for index, values in kept["state"].items()},
+            "groups": named_groups,
+        }
+    }
     state = encode(
         {
             "random": random_state(),
             "data": run.train.state_dict(),
-            "metrics": metrics.state_dict(),
-            "progress": {**run.progress.state_dict(), "seconds": run.progress.seconds + time.monotonic() - run.began},
+            "metrics": run.metrics.state_dict(),
+            "progress": {**asdict(run.progress), "seconds": run.progress.seconds + time.monotonic() - run.began},
             "scheduled_steps": MAX_STEPS,
             "schedulers": {"optimizer": run.scheduler.state_dict()},
             "scheduler_classes": {"optimizer": type(run.scheduler).__name__},
             "scaler": None,
             "callbacks": {"Throughput": run.throughput.state_dict()},
-            "loggers": logger_states(run.tensor_board, run.info),
+            "loggers": {
+                "JSONL": {"run": run.run_id, "size": (run.run_dir / "metrics.jsonl").stat().st_size},
+                "TensorBoard": run.tensor_board.state_dict(),
+            },
         },
         own,
     )
-    state |= {"optimizers": encode(optimizers, held), "extra": encode(extra, own, "extra")}
-    trained = {name: value for name, value in run.model.state_dict().items() if isinstance(value, Tensor)}
+    state |= {"optimizers": encode(optimizers, held), "extra": {}}
+    groups = {"model": run.model.state_dict(), "optimizer": held, "state": own}
     measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
-    facts = {"run_id": run.info.run_id, "metrics": encode(measured, {}), "settings": {}}
-    path = plain_write(run.info.run_dir / "checkpoints", run.progress.step, trained, held, own, state, facts)
-    directory = run.info.run_dir / "checkpoints"
-    step = run.progress.step
-    found = committed(directory)
-    saves = list({saved.step: saved for saved in found if saved.step <= step}.values())  # the newest of each step
-    best = ranked(saves)[:1]
-    staying = {saved.path for saved in [*saves[-KEEP_LAST:], *best]}
-    for link, target in [("last", saves[-1]), *(("best", saved) for saved in best[:1])]:
-        (directory / f".{link}").unlink(missing_ok=True)
-        (directory / f".{link}").symlink_to(target.path.name)
-        (directory / f".{link}").rename(directory / link)
-    for saved in found:
-        if saved.path not in staying:
-            (saved.path / "manifest.json").unlink()
-            shutil.rmtree(saved.path)
-    return path
+    plain_write(run.run_dir / "checkpoints", run.progress.step, groups, state, run.run_id, encode(measured, {}))
+    prune(run.run_dir / "checkpoints", run.progress.step)
 
 
-def save_and_tell(run: Run, metrics: Metrics) -> None:
+def save_and_tell(run: Run) -> None:
     """Save, and tell the callbacks."""
-    path = save(run, metrics)
-    run.throughput.on_save(run.progress.step, path)
-
-
-def end_step(run: Run, metrics: Metrics, at_end: bool, signals: StopSignals) -> bool:
-    """Count what was trained on, then do what is due: log, validate, tell the callbacks, save. Returns whether this step was the last."""
-    run.progress.batch += 1
-    if at_end:
-        run.progress.epoch += 1
-        run.progress.batch = 0
-    stop = "max_steps" if run.progress.step >= MAX_STEPS else None
-
-    if stop is not None or run.progress.step % LOG_EVERY_N_STEPS == 0:
-        log_training(run, metrics)
-    if stop is not None or run.progress.step % VALIDATE_EVERY_N_STEPS == 0:
-        stop = validate(run) or stop
-    stop = run.throughput.on_step_end(run.progress.step, run.model) or stop
-
-    if signals.received is not None and stop is None:
-        stop = signals.received
-    if stop is not None:
-        run.progress.stopped_by = stop
-        return True
-    if run.progress.step % CHECKPOINT_EVERY_N_STEPS == 0 or is_among_best(run.info, run.progress):
-        save_and_tell(run, metrics)
-    return False
-
-
-EXIT_STATUS = 85  # of a process that saved and left because it was told to
+    save(run)
+    run.throughput.on_save()
 
 
 def fit(
@@ -783,84 +627,76 @@ def fit(
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     train = Data(train_loader, device)
     model.to(device)
-    built = {"optimizer": optimizer}
-    scheduler = make_scheduler(built["optimizer"], MAX_STEPS)
+    scheduler = make_scheduler(optimizer, MAX_STEPS)
     run_dir = Path(folder)
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = newest_good(run_dir / "checkpoints")
     manifest = json.loads((checkpoint / "manifest.json").read_text()) if checkpoint is not None else None
     run_id = manifest["run_id"] if manifest is not None else secrets.token_hex(4)
-    parameters = {
-        optimizer_3: list(model.parameters()) if len(built) == 1 else held_by(optimizer_3, model)
-        for optimizer_3 in built.values()
-    }
-    progress = Progress()
-    info = RunInfo(
-        run_id=run_id,
-        run_dir=run_dir,
-        device=device,
-        start_step=manifest["step"] if manifest is not None else 0,
-        steps_per_epoch=train.steps_per_epoch,
-    )
-    metrics = Metrics()
-    watch: list[tuple[int, str, Tensor]] = []
-    began = time.monotonic()
-    run = Run(
-        model=model,
-        built=built,
-        scheduler=scheduler,
-        throughput=throughput,
-        tensor_board=tensor_board,
-        info=info,
-        progress=progress,
-        device=device,
-        learning_rate_monitor=learning_rate_monitor,
-        train=train,
-        watch=watch,
-        began=began,
-        step_function=step_function,
-        val_loader=val_loader,
-    )
-    state = restore(run, metrics, checkpoint) if checkpoint is not None else None
-    optimizer_2 = built["optimizer"]
-    if state is not None and progress.stopped_by is not None:
+    run = Run(model, optimizer, scheduler, run_dir, throughput, tensor_board, run_id, train)
+    parameters = list(model.parameters())
+    start_step = manifest["step"] if manifest is not None else 0
+    state = restore(run, checkpoint) if checkpoint is not None else None
+    if state is not None and run.progress.stopped_by is not None:
         set_random_state(state["random"])  # for what the script does next
-        return result_of(info, progress)
-    restore_random = open_data(train, state)
+        return result_of(run_dir, run.progress)
+    if state is not None:
+        train.load_state_dict(state["data"])
+    restore_random = functools.partial(set_random_state, state["random"]) if state is not None else None
 
-    with session(throughput, tensor_board, info), StopSignals() as signals:
-        learning_rate_monitor.on_fit_start(built)
-        throughput.on_fit_start(info)
-        for batch, at_end in train.epochs(progress.epoch, progress.batch, restore_random):
+    tensor_board.start(run_dir, start_step)
+    with closing(tensor_board), StopSignals() as signals:
+        learning_rate_monitor.on_fit_start({"optimizer": optimizer})
+        throughput.on_fit_start(start_step)
+        for batch, at_end in train.epochs(run.progress.epoch, run.progress.batch, restore_random):
             samples = len(batch[0])
-            progress.step += 1
+            run.progress.step += 1
             throughput.on_step_start([(batch, samples)])
             output = step_function(model, batch)
             loss = output if isinstance(output, Tensor) else output["loss"]
             loss.backward()
-            watch.append((progress.step, "loss", loss.detach().clone()))
-            metrics.add(output, samples)
-            parameters_2 = parameters[optimizer_2]
+            run.watch.append((run.progress.step, "loss", loss.detach().clone()))
+            run.metrics.add(output, samples)
 
-            norm = get_total_norm([parameter.grad for parameter in parameters_2 if parameter.grad is not None])
-            clip_grads_with_norm_(parameters_2, GRADIENT_CLIP_VAL, norm)
-            watch.append((progress.step, "gradient norm", norm.detach().clone()))
+            norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            clip_grads_with_norm_(parameters, GRADIENT_CLIP_VAL, norm)
+            run.watch.append((run.progress.step, "gradient norm", norm.detach().clone()))
 
-            optimizer_2.step()
-            optimizer_2.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             scheduler.step()
-            if end_step(run, metrics, at_end, signals):
+            run.progress.batch += 1
+            if at_end:
+                run.progress.epoch += 1
+                run.progress.batch = 0
+            stop = "max_steps" if run.progress.step >= MAX_STEPS else None
+
+            if stop is not None or run.progress.step % LOG_EVERY_N_STEPS == 0:
+                check(run.watch)
+                logged = {f"train/{name}": value for name, value in run.metrics.read().items()}
+                logged.update(learning_rate_monitor.on_log() or {})
+                logged.update(throughput.on_log(run.progress.step) or {})
+                if run.progress.validated_at < 0:
+                    run.progress.metrics = logged
+                report(tensor_board, run_dir, run.progress, logged)
+            if stop is not None or run.progress.step % VALIDATE_EVERY_N_STEPS == 0:
+                measured = evaluate(model, step_function, val_loader, device, throughput)
+                run.progress.metrics = measured
+                run.progress.validated_at = run.progress.step
+                report(tensor_board, run_dir, run.progress, measured)
+            throughput.on_step_end()
+
+            if signals.received is not None and stop is None:
+                stop = signals.received
+            if stop is not None:
+                run.progress.stopped_by = stop
                 break
-        goes_on = (progress.stopped_by or "").startswith("SIG")
-        if not goes_on:
-            if metrics:
-                log_training(run, metrics)
-            if progress.validated_at != progress.step:
-                validate(run)
-        save_and_tell(run, metrics)
+            if run.progress.step % CHECKPOINT_EVERY_N_STEPS == 0 or is_among_best(run_dir, run.progress):
+                save_and_tell(run)
+        save_and_tell(run)
     if signals.received is not None:
         raise SystemExit(EXIT_STATUS)
-    return result_of(info, progress)
+    return result_of(run_dir, run.progress)
 
 
 def training_device() -> torch.device:
