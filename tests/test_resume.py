@@ -171,6 +171,21 @@ def test_with_augmentation(workers: int) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*seed")
+@pytest.mark.parametrize("sampler", [None, WeightedRandomSampler])
+def test_with_augmentation_in_workers_and_another_seed_in_the_next_process(sampler: Any) -> None:
+    how = {"shuffle": True} if sampler is None else {"sampler": sampler(torch.ones(100), 100)}
+    seeds = iter([0, 0, 1])  # of the whole run, the one that is stopped, and the one that goes on
+
+    def make() -> DataLoader[Any]:
+        torch.manual_seed(next(seeds))
+        return DataLoader(Augmented(), batch_size=16, num_workers=1, **how)
+
+    whole = run("whole", make_loader=make)
+    run("stopped", 5, make_loader=make)
+    assert_equal(run("stopped", make_loader=make), whole)
+
+
 def test_with_samplers_that_draw_their_own_indices() -> None:
     def weighted() -> DataLoader[Any]:
         weights = torch.arange(1.0, 101.0)

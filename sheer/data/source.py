@@ -205,12 +205,15 @@ class OwnOrderSource:
     def state_dict(self) -> dict[str, Any]:
         """Return the random states that the epoch's indices were drawn under, and those of the user's own generators now."""
         generators = [generator.get_state() for generator in self.order.generators]
-        return {"drawn_under": self.order.drawn_under, "generators": generators}
+        seed = self.loader.dataset.seed if isinstance(self.loader.dataset, SeededDataset) else None
+        return {"drawn_under": self.order.drawn_under, "generators": generators, "seed": seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Draw the indices of the epoch to come under the states that were saved."""
         self.order.drawn_under = state["drawn_under"]
         self.order.saved_generators = state["generators"]
+        if isinstance(self.loader.dataset, SeededDataset) and state.get("seed") is not None:
+            self.loader.dataset.seed = state["seed"]
         set_generators(self.order.generators, state["generators"])
 
     def begin_anew(self) -> None:

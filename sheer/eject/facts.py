@@ -70,7 +70,7 @@ class Facts:
     ] = ()  # of "shuffled", "workers", "persistent" and "together" what holds of a plain training loader
     plain_data: bool = False  # whether the training loader is one that the plain twin reads
     returns: str = ""  # "Mapping" where the step is seen to return one
-    uses: tuple[str, ...] = field(default=())  # of "Mean", "media" and "computed" what metrics may be
+    uses: tuple[str, ...] = field(default=())  # of "Mean" and "computed" what metrics may be
     parallel: dict[str, Any] | None = None  # how several ranks are used; None: the script is for one process
     stops: tuple[
         str, ...
@@ -85,7 +85,7 @@ class Facts:
     @property
     def plain_board(self) -> bool:
         """Whether TensorBoard gets numbers alone."""
-        return not self.has_hparams and "media" not in self.uses
+        return not self.has_hparams
 
     def reopens(self, logger: Plugin) -> bool:
         """Whether a logger can be opened again with nothing but the folder of the run."""

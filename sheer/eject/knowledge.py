@@ -121,10 +121,9 @@ def knowledge_of(
     values, settings = settings_of(facts, kept)
     saves = facts.settings["checkpoint"] is not None
     present = {f"cfg.{name}" for name in [*values, *kept, *map(argument_name, kept)]}
-    plain_metrics = "media" not in facts.uses and "computed" not in facts.uses
+    plain_metrics = "computed" not in facts.uses
     answers = answers_of(facts)
-    absent = {"Rollback"}  # runs that go back are refused
-    absent |= {"Image", "Text", "Figure"} if "media" not in facts.uses else set()
+    absent = {"Rollback", "Image", "Text", "Figure"}  # runs with them are refused
     absent |= {"Computed"} if "computed" not in facts.uses else set()
     absent |= {"Mean"} if "Mean" not in facts.uses else set()
     absent |= set() if facts.plateau else {"ReduceLROnPlateau"}

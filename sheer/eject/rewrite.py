@@ -52,7 +52,7 @@ class Rewrite:
         self.call, self.trainer = script.at(facts.call), script.at(facts.trainer)
         uses = [*facts.uses]
         for _, name in script.references():
-            uses += ["Mean"] * (name in MEANS) + ["media"] * (name in MEDIA)
+            uses += ["Mean"] * (name in MEANS)
         self.facts = dataclasses.replace(facts, uses=tuple(dict.fromkeys(uses)))
         self.making = self._making()
         self.given = list(self._computed())
@@ -137,7 +137,7 @@ class Rewrite:
         inside = {id(node) for node in ast.walk(self.trainer)}
         outside = [(node, name) for node, name in self.script.references() if id(node) not in inside]
         for node, name in outside:
-            if name in ("Trainer", "Checkpoint", "Parallel", "Settings", "find_lr", "data"):
+            if name in ("Trainer", "Checkpoint", "Parallel", "Settings", "find_lr", "data", *MEDIA):
                 raise self.script.refusal(
                     node, f"sheer.{name} is used here, which has no form without the library.{_WAYS_OUT.get(name, '')}"
                 )
@@ -324,6 +324,7 @@ _WAYS_OUT = {
     "Settings": " Give the settings in the call of Trainer.",
     "Checkpoint": " Write it in the call of Trainer.",
     "Parallel": " Write it in the call of Trainer.",
+    **dict.fromkeys(MEDIA, " Hand it to your logger in a callback, or leave it out."),
 }
 
 

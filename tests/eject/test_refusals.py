@@ -33,6 +33,7 @@ def refused(text: str, folder: Path, name: str = "train.py") -> str:
         (SMALL.replace("import sheer\n", "import sheer\nimport sheer.trainer\n"), "line 4: import sheer.trainer is not followed"),
         (script(f"max_steps=9, autotune=True, {OFF}"), "says what to write in its place"),
         (script(f"max_steps=9, compile=sheer.Compile(activation_memory_budget=0.5), {OFF}"), "Eject with compile=True"),
+        (SMALL + "print(sheer.Image(torch.zeros(3, 4, 4)))\n", "sheer.Image is used here, which has no form without the library. Hand it to your logger"),
         (script(f"max_steps=9, cuda_graph=True, {OFF}"), "cuda_graph=True has no form without the library yet"),
         (SMALL.replace("checkpoint=False", "nonfinite=sheer.Rollback()"), "nonfinite=Rollback(...) has no form without the library yet"),
         (SMALL + "print(sheer.find_lr)\n", "sheer.find_lr is used here, which has no form without the library"),
