@@ -15,7 +15,7 @@ from sheer.data.order import mix_seed, share
 from sheer.distributed.agree import any_rank, first_of, from_rank_zero
 from sheer.distributed.gradients import mean_over_ranks
 from sheer.distributed.mesh import Ranks
-from sheer.distributed.wrap import Sharding, shard
+from sheer.distributed.wrap import Sharding, compile_unit, shard, units_of
 from sheer.errors import DataError, SettingsError, StepError
 from sheer.initialise import materialise
 from sheer.loss import Step
@@ -134,6 +134,8 @@ def make_pipeline(
         else:
             materialise(stage, ranks.device)
             stage.to(ranks.device, sharding.dtype)
+            for unit in (units_of(stage, parallel) or [stage]) if sharding.compile_mode else ():
+                compile_unit(unit, sharding.compile_mode)
     any_of_copies = any_rank if ranks.averaged > 1 else None
     group, schedule, device = ranks.group("pp"), parallel.pp_schedule, ranks.device
     steps = PipelineStep(

@@ -176,7 +176,7 @@ def shard(model: nn.Module, root: nn.Module, ranks: Ranks, sharding: Sharding) -
         if id(module) not in chosen:
             continue
         if compile_mode:
-            compile_model(module, None if compile_mode in (True, "blocks") else str(compile_mode))
+            compile_unit(module, compile_mode)
         if mesh is not None:
             fully_shard(
                 module,
@@ -185,10 +185,17 @@ def shard(model: nn.Module, root: nn.Module, ranks: Ranks, sharding: Sharding) -
                 mp_policy=policy,
                 offload_policy=offload,
             )
+    if compile_mode and not chosen:
+        compile_unit(model, compile_mode)
     if mesh is not None:
         fully_shard(root, mesh=mesh, mp_policy=policy, offload_policy=offload)
     else:
         root.to(ranks.device)
+
+
+def compile_unit(module: nn.Module, compile_mode: bool | str) -> None:
+    """Compile a part of a divided model, as `compile` says."""
+    compile_model(module, None if compile_mode in (True, "blocks") else str(compile_mode))
 
 
 def refuse_narrow_norms(model: nn.Module, dtype: torch.dtype | None) -> None:

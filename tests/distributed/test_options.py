@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 
 import sheer
 import sheer.session
 from tests.distributed.features import cosine
-from tests.distributed.task import CLASSES, FEATURES, Block, Net, assert_same, train
+from tests.distributed.task import CLASSES, FEATURES, Block, Net, assert_same, tensor_plan, train
 from tests.ranks import run_on_ranks
 
 STAGES = ("blocks.0", "blocks.1", "head")
@@ -52,14 +54,21 @@ def sequence_plan() -> dict[str, Any]:
     }
 
 
-def compiled(parallel: Any, folder: str) -> dict[str, Any]:
+def compiled(parallel: Any, plan: Any, folder: str) -> dict[str, Any]:
     """Train a compiled model, by the compiler's front end alone: what it makes of a graph takes long, and is not asked for here."""
-    before = nn.Module.compile
-    nn.Module.compile = functools.partialmethod(before, backend="eager")  # type: ignore[method-assign, assignment]
+    before, graphs = nn.Module.compile, []
+
+    def front_end(graph: Any, examples: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    nn.Module.compile = functools.partialmethod(before, backend=front_end)  # type: ignore[method-assign, assignment]
     try:
-        return train(parallel, folder=folder, compile=True, max_steps=9)
+        found = train(parallel, plan=plan, folder=folder, compile=True, max_steps=9)
     finally:
         nn.Module.compile = before  # type: ignore[method-assign]
+    assert graphs, "nothing was compiled"
+    return found
 
 
 PIPELINE = {"pp": 2, "pp_split": STAGES, "pp_micro_batches": 4}
@@ -73,13 +82,23 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Interleaved1F1B": (sheer.Parallel(**PIPELINE, pp_schedule="Interleaved1F1B"), {"scheduler": cosine}),
     "ZBVZeroBubble": (sheer.Parallel(**PIPELINE, pp_schedule="ZBVZeroBubble"), {"scheduler": cosine}),
 }  # fmt: skip
-COMPILED = {"compiled, DDP": "ddp", "compiled, FSDP2": "fsdp"}
+COMPILED: dict[str, tuple[Any, Any]] = {
+    "compiled, DDP": ("ddp", None),
+    "compiled, FSDP2": ("fsdp", None),
+    "compiled, TP": (sheer.Parallel(tp=2), tensor_plan),
+    "compiled, PP": (sheer.Parallel(pp=2, pp_split=("blocks.1",), pp_micro_batches=4), None),
+}
+IN_16_BITS = "gradients summed in bfloat16"
 
 
 def run(name: str, on_ranks: bool) -> dict[str, Any]:
     folder = f"{'many' if on_ranks else 'one'}/{name}"
     if name in COMPILED:
-        return compiled(COMPILED[name] if on_ranks else "auto", folder)
+        parallel, plan = COMPILED[name]
+        return compiled(parallel, plan() if plan else None, folder) if on_ranks else compiled("auto", None, folder)
+    if name == IN_16_BITS:
+        how: Any = sheer.Parallel(reduce_dtype="bfloat16") if on_ranks else "auto"
+        return train(how, folder=folder, max_steps=9, precision="32-true", optimizer=SGD)
     parallel, options = OPTIONS[name]
     plan = options.get("plan")
     own = {**options, "plan": plan() if plan is not None and on_ranks else None}
@@ -88,7 +107,7 @@ def run(name: str, on_ranks: bool) -> dict[str, Any]:
 
 def run_all() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in (*OPTIONS, *COMPILED):
+    for name in (*OPTIONS, *COMPILED, IN_16_BITS):
         try:
             found[name] = run(name, on_ranks=True)
         except Exception as error:
@@ -118,6 +137,16 @@ def test_an_option_leaves_the_run_what_it_is_on_one_process(name: str) -> None:
     for result in many:
         assert not isinstance(result, str), result
         assert_same(one, result, logged=1e-10, weights=1e-8)
+
+
+@pytest.mark.xdist_group("options")
+def test_gradients_are_summed_in_the_precision_that_is_asked_for() -> None:
+    one = run(IN_16_BITS, on_ranks=False)["weights"]
+    for result in on_ranks():
+        many = result[IN_16_BITS]["weights"]
+        off = max(float((many[name] - value).abs().max() / value.abs().max()) for name, value in one.items())
+        assert all(value.dtype == torch.float32 for value in many.values())
+        assert 1e-5 < off < 1e-2, off
 
 
 def test_rank_zero_goes_first() -> None:
