@@ -134,9 +134,10 @@ def plain(
     gamma: float = 0.9,
     clip: float | None = None,
     options: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Train by hand on all batches but these (with `accumulate`, steps by their first batch); return what `run` does."""
-    net, sampler = model(), GlobalSampler(dataset())
+    net, sampler = model().to(device), GlobalSampler(dataset())
     batches = DataLoader(dataset(), 16, sampler=sampler, **(options or {}))
     sheer.seed_everything(0)
     optimizer = AdamW(net.parameters(), lr=1e-2)
@@ -161,7 +162,7 @@ def plain(
                 continue
             step += 1
             total = sum(len(batch[0]) for _, batch in group)
-            for _, (x, y) in group:
+            for x, y in ([part.to(device) for part in batch] for _, batch in group):
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     loss = F.mse_loss(net(x), y)
                 losses.append((loss.item(), len(x)))
