@@ -259,7 +259,20 @@ class StopAgreement:
         write_to_file(f"{line}\n")
         report_error(line, line, echo=True)
         flush_streams()
+        self._let_others_hear(rank)
         os._exit(1)
+
+    def _let_others_hear(self, failed: int) -> None:
+        """Where the store ends with this process, wait a moment until the others have seen which rank failed."""
+        try:
+            self._store.set(f"ended/{self._rank}", "")
+            if self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                others = [f"ended/{rank}" for rank in range(1, self._world_size) if rank != failed]
+                end = time.monotonic() + 3 * self._every + 1.0
+                while others and time.monotonic() < end and not self._store.check(others):
+                    time.sleep(QUICK)
+        except RuntimeError:  # the store is what has failed
+            return
 
     def _tell_failure(self, text: str) -> dict[str, Any]:
         """Write that this rank has failed, unless another did before; returns which has, and how."""
