@@ -209,9 +209,12 @@ def test_a_checkpoint_from_the_middle_of_a_validation_is_passed_over(capsys: pyt
     assert capsys.readouterr().out.count("back to step 0,") == 2
 
 
-def test_tensorboard_shows_each_step_once() -> None:
+def test_tensorboard_shows_each_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    # Files of one second are read in the order of their names, which end in this count: 10 would come before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     run(
         "run",
         Step(BAD),
