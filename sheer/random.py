@@ -28,7 +28,7 @@ def seed_everything(seed: int) -> int:
 def seed_process(seed: int) -> None:
     """Seed all generators of this process with a number of up to 64 bits."""
     random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  the global state is what libraries draw from
+    np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)
 
 
@@ -36,13 +36,13 @@ def seed_sample(seed: int) -> None:
     """Seed what a dataset may draw from in a worker: a few microseconds, where `torch.manual_seed` takes 170."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
+    np.random.seed(seed & 0xFFFFFFFF)
 
 
 def snapshot() -> tuple[Any, Any, Any, Any]:
     """Take the states of all generators of this process as they come: cheap enough for every step."""
     accelerator = torch.get_device_module().get_rng_state_all() if torch.accelerator.is_available() else None
-    return random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state(), accelerator  # noqa: NPY002
+    return random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state(), accelerator
 
 
 def random_state(taken: tuple[Any, Any, Any, Any] | None = None) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Put all generators of this process back into a state that `random_state` returned."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.asarray(keys), *rest))  # noqa: NPY002
+    np.random.set_state((name, np.asarray(keys), *rest))
     torch.set_rng_state(state["torch"])
     if state["accelerator"] is not None and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state_all(state["accelerator"])

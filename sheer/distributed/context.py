@@ -172,7 +172,7 @@ def gathered_attention(
             "sequence that cut_sequence gives."
         )
     query, key, value = (_as_autocast(part) for part in (query, key, value))
-    keys, values = (_AllGather.apply(part, group) for part in (key, value))  # type: ignore[no-untyped-call]
+    keys, values = (_all_gather(part, group) for part in (key, value))
     if not is_causal:
         keys, values = (torch.cat([*parts], dim=-2) for parts in (keys, values))
         return _ATTENTION(query, keys, values, scale=scale, enable_gqa=enable_gqa)
@@ -192,7 +192,7 @@ def _as_autocast(part: Tensor) -> Tensor:
     return part.to(torch.get_autocast_dtype(device)) if casts else part
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo cannot make the bias
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it has no types in torch; dynamo cannot make the bias
 def attend_to_prefix(query: Tensor, key: Tensor, value: Tensor, seen: int, scale: float | None, gqa: bool) -> Tensor:
     """Return the attention of a chunk of queries that ends at the place `seen` of the sequence: the last sees all before it."""
     bias = causal_lower_right(query.shape[-2], seen)  # a mask that kernels know by its shape
@@ -231,3 +231,6 @@ class _AllGather(torch.autograd.Function):
         total = gradients.new_empty(gradients.shape[1:])
         _scatter_sums(total, gradients.contiguous().flatten(0, 1), group=ctx.group)
         return total, None
+
+
+_all_gather: Any = _AllGather.apply

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -103,7 +103,8 @@ def describe_failures(failures: Mapping[int, ProcessFailure], killed: set[int]) 
     )
     rank, failure = ordered[0], failures[ordered[0]]
     if has_error(failure):
-        text = str(failure.message["extraInfo"]["py_callstack"]).rstrip()  # type: ignore[index]
+        message: Any = failure.message  # a mapping where the rank has written one; else a string
+        text = str(message["extraInfo"]["py_callstack"]).rstrip()
     elif failure.exitcode < 0:
         killer = " (out of memory, most likely)" if failure.exitcode == -signal.SIGKILL else ""
         text = f"killed by {failure.signal_name()}{killer}"

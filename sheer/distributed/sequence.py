@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,9 @@ def _cut_part(value: Any, seq_dim: int, cp_rank: int, cp_size: int, lengths: lis
     if isinstance(value, PackedSequence):
         raise DataError("Context parallelism cannot cut a PackedSequence. Pad the sequences to one length instead.")
     if isinstance(value, Mapping):
-        parts = {key: _cut_part(item, *where) for key, item in value.items()}
+        parts, kind = {key: _cut_part(item, *where) for key, item in value.items()}, cast(Any, type(value))
         try:
-            return parts if type(value) is dict else type(value)(parts)  # type: ignore[call-arg]
+            return kind(parts)
         except TypeError:  # a mapping that cannot be made of another
             return parts
     if isinstance(value, tuple) and hasattr(value, "_fields"):

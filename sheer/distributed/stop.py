@@ -76,10 +76,8 @@ class StopAgreement:
         """Begin to look for requests."""
         if self._world_size > 1:
             prefix = f"sheer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_agreements)}"
-            group = dist.group.WORLD
-            assert group is not None
-            own_connection = group.get_group_store().clone()  # type: ignore[attr-defined]  # torch's stubs lack it
-            self._store = PrefixStore(prefix, own_connection)
+            group: Any = dist.group.WORLD  # torch's stubs lack its store
+            self._store = PrefixStore(prefix, group.get_group_store().clone())  # a connection of its own
             self._thread.start()
 
     def close(self) -> None:

@@ -265,7 +265,7 @@ class _PlainData(ast.NodeTransformer):
             text, target = f"plain_grouped_shares({text}, cfg.accumulate_grad_batches)", "batch, totals, at_end"
             made = "PlainStepBatch(batch, sum(totals), [largest_share(total, ranks) for total in totals])"
         node.iter = _expression(text)
-        node.target = ast.parse(f"{target} = 0").body[0].targets[0]  # type: ignore[attr-defined]
+        node.target = ast.Tuple([ast.Name(name, ast.Store()) for name in target.split(", ")], ast.Store())
         node.body = [
             *ast.parse(f"step_batch = {made}").body,
             *substituted(node.body, {name: ast.Name("step_batch", ast.Load())}),

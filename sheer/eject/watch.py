@@ -84,7 +84,7 @@ def random_digest() -> str:
     import numpy as np
     import torch
 
-    numpy_state = np.random.get_state(legacy=True)  # noqa: NPY002
+    numpy_state = np.random.get_state(legacy=True)
     states = repr(random.getstate()) + repr(
         [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state]
     )

@@ -104,12 +104,12 @@ def plain_data_state(loader: Any, seed: int) -> dict[str, Any]:
 class PlainWorkersOrder(Sampler[tuple[int, int]]):
     """The samples of an epoch from any position on, each with a seed of its own; all depends on the seed and the epoch alone."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: Any) -> None:
         self.loader = loader
         self.seed, self.epoch, self.start = torch.initial_seed(), 0, 0
 
     def __len__(self) -> int:
-        return len(self.loader.dataset)  # type: ignore[arg-type]
+        return len(self.loader.dataset)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = plain_order(self.seed, self.epoch)

@@ -166,7 +166,8 @@ def dimensions_of(ranks: Ranks | None) -> dict[str, tuple[str, int]]:
         ranks.mesh.get_group(name).group_name: (name, size) for name, size in wide.items()
     }
     if len(wide) == 1:  # then it is all ranks, whose own group DDP uses
-        found[torch.distributed.group.WORLD.group_name] = next(iter(wide.items()))  # type: ignore[union-attr]
+        everyone: Any = torch.distributed.group.WORLD
+        found[everyone.group_name] = next(iter(wide.items()))
     return found
 
 
