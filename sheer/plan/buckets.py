@@ -18,7 +18,7 @@ def with_ddp_on_paper(stepper: nn.Module) -> nn.Module:
     return wrapped
 
 
-def reduce_bucket(state: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+def reduce_bucket(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]  # DDP wants to see this name
     """Do what DDP does to a bucket of gradients."""
     dist.all_reduce(bucket.buffer())
     done: torch.futures.Future[Tensor] = torch.futures.Future()
