@@ -275,6 +275,7 @@ def log_training(cfg: Settings, run: Run) -> None:
     """Read what the steps since the last log point returned, and hand it to the loggers. The host waits for the device here."""
     if cfg.cuda_graph:
         settle_graphs(run)
+    run.metrics.send()
     if cfg.nonfinite == "raise":
         run.watch.check(run.ranks)
     if isinstance(cfg.nonfinite, Rollback):

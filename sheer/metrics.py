@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -108,6 +109,7 @@ class Metrics:
         self._computed: dict[str, Computed] = {}
         self._held: list[Computed] = []  # objects that a checkpoint has filled, and no step has returned since
         self._media: dict[str, Media] = {}
+        self._sent: _Transfer | None = None  # what is on its way to the host
         self.in_step: list[_Sum] = []  # what the step that runs has added a value to, in order; the loop empties it
 
     def add(self, output: Any, samples: int, prefix: str = "") -> None:
@@ -185,6 +187,12 @@ class Metrics:
             entry.fold()
         entry.folded.append((totals, torch.tensor(counts, dtype=torch.float64) if isinstance(counts, list) else counts))
 
+    def send(self) -> None:
+        """Begin to copy what `read` will read from a GPU: it is there when the host has waited for the GPU for another reason."""
+        columns = self._columns()
+        if any(column.is_cuda for column in columns):
+            self._sent = _Transfer(columns)
+
     def read(self, ranks: Ranks | None = None) -> dict[str, float]:
         """Return the weighted means of all that was added, by all ranks, and forget it. The one place where the host waits for the device."""
         sums = {name: (sum(totals), sum(counts)) for name, (totals, counts) in self._read_columns().items()}
@@ -246,16 +254,23 @@ class Metrics:
 
     def _rows(self) -> list[tuple[str, _Sum, float, float]]:
         """Return all values with their counts on the host, in one transfer a device."""
-        for entry in self._sums.values():
-            if entry.totals:
-                entry.fold()
-        columns = [tensor for entry in self._sums.values() for pair in entry.folded for tensor in pair]
-        numbers = iter(_to_host(columns))
+        columns, sent = self._columns(), self._sent
+        self._sent = None
+        if sent is None or not sent.is_of(columns):
+            sent = _Transfer(columns)
+        numbers = iter(sent.arrived())
         rows = []
         for name, entry in self._sums.items():
             for _ in entry.folded:
                 rows += [(name, entry, total, count) for total, count in zip(next(numbers), next(numbers), strict=True)]
         return rows
+
+    def _columns(self) -> list[Tensor]:
+        """Return all values and their counts, stacked; nothing is read."""
+        for entry in self._sums.values():
+            if entry.totals:
+                entry.fold()
+        return [tensor for entry in self._sums.values() for pair in entry.folded for tensor in pair]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was added since the last reading; metric objects save themselves, with the model that holds them."""
@@ -326,19 +341,39 @@ def _stacked(values: list[Number]) -> Tensor:
     return torch.stack([torch.as_tensor(value, dtype=wide, device=device) for value in values])
 
 
-def _to_host(columns: list[Tensor]) -> list[list[float]]:
-    """Copy columns of numbers to the host: one transfer for each device they are on, and one wait."""
-    by_device: dict[torch.device, list[int]] = {}
-    for index, column in enumerate(columns):
-        by_device.setdefault(column.device, []).append(index)
-    out: list[list[float]] = [[] for _ in columns]
-    for indices in by_device.values():
-        flat = torch.cat([columns[index] for index in indices]).tolist()
-        at = 0
-        for index in indices:
-            out[index] = flat[at : at + len(columns[index])]
-            at += len(columns[index])
-    return out
+class _Transfer:
+    """Columns of numbers on their way to the host: one copy for each device they are on. That from a GPU goes on beside what the host does."""
+
+    def __init__(self, columns: list[Tensor]) -> None:
+        self._columns = columns
+        self._parts: list[tuple[list[int], Tensor]] = []
+        self._copied: list[torch.cuda.Event] = []
+        by_device: dict[torch.device, list[int]] = {}
+        for index, column in enumerate(columns):
+            by_device.setdefault(column.device, []).append(index)
+        for device, indices in by_device.items():
+            flat = torch.cat([columns[index] for index in indices])
+            if device.type == "cuda":
+                flat = torch.empty_like(flat, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
+                self._copied.append(torch.cuda.Event())
+                self._copied[-1].record(torch.cuda.current_stream(device))
+            self._parts.append((indices, flat))
+
+    def is_of(self, columns: list[Tensor]) -> bool:
+        """Whether these very columns are sent."""
+        return len(columns) == len(self._columns) and all(map(operator.is_, columns, self._columns))
+
+    def arrived(self) -> list[list[float]]:
+        """Wait until all are there, and return them."""
+        for event in self._copied:
+            event.synchronize()
+        out: list[list[float]] = [[] for _ in self._columns]
+        for indices, flat in self._parts:
+            numbers, at = flat.tolist(), 0
+            for index in indices:
+                out[index] = numbers[at : at + len(self._columns[index])]
+                at += len(self._columns[index])
+        return out
 
 
 def _computed_values(name: str, value: Any) -> dict[str, float]:

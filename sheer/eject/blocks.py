@@ -7,7 +7,7 @@ import ast
 from sheer.eject.expressions import dotted
 from sheer.eject.inline import Site, without_docstring
 from sheer.eject.program import Program
-from sheer.eject.scope import walk
+from sheer.eject.scope import statements, walk
 from sheer.eject.source import Notes, notes_of, with_notes
 
 
@@ -37,7 +37,7 @@ class _Block:
 
     def inline(self, kind: type[ast.With | ast.For]) -> bool:
         """Replace the statement that uses the call; False where there is none that can be."""
-        for node in [self.site.caller, *walk(self.site.caller.body)]:
+        for node in statements([self.site.caller]):
             for field in ("body", "orelse", "finalbody"):
                 body = getattr(node, field, None)
                 for index, statement in enumerate(body if isinstance(body, list) else []):

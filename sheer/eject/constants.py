@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -27,12 +27,13 @@ def bind_methods(program: Program, known: Known, kept: Set[str] = frozenset()) -
 
     Parameters that it does not read go. `kept` are names of attributes that the script reads, so that it may call these methods.
     """
+    users = _users(program)
     for node in list(program.nodes.values()):
         if not isinstance(node, ast.ClassDef):
             continue
         out_of_reach = kept | {"__init__"} if node.name in program.roots else frozenset()
         for method in (m for m in node.body if isinstance(m, ast.FunctionDef) and not m.decorator_list):
-            calls = _calls(program, node, method) if method.name not in out_of_reach else None
+            calls = _calls(program, node, method, users) if method.name not in out_of_reach else None
             if calls:
                 own = method.args.args.pop(0)
                 _bind(method, calls, known)
@@ -58,7 +59,7 @@ def _pass_fields_of(
         n for n in walk(method.body) if isinstance(n, ast.Attribute) and n.value in uses and isinstance(n.ctx, ast.Load)
     ]
     names = [name for name in fields_of(record) if name in {n.attr for n in read}]
-    calls = _calls(program, node, method)
+    calls = _calls(program, node, method, _users(program))
     if len(uses) != len(read) or {n.attr for n in read} - set(names) or set(names) & bound_in(method) or not calls:
         return
     if not _all_are_told_apart(program, node, method.name, calls):
@@ -104,10 +105,11 @@ class _Fields(ast.NodeTransformer):
 
 def drop_idle_methods(program: Program, kept: Set[str]) -> None:
     """Leave out calls of methods that have nothing left to do."""
+    users = _users(program)
     for node in [node for node in program.nodes.values() if isinstance(node, ast.ClassDef)]:
         for method in [part for part in node.body if isinstance(part, ast.FunctionDef) and not part.decorator_list]:
             rest = [part for part in without_docstring(method.body) if not isinstance(part, ast.Pass)]
-            calls = _calls(program, node, method) if not rest and method.name not in kept else None
+            calls = _calls(program, node, method, users) if not rest and method.name not in kept else None
             gone = {id(call) for call in calls or []}
             for function in program.functions() if gone else ():
                 function.body = [s for s in map(_Without(gone).visit, function.body) if s is not None] or [ast.Pass()]
@@ -175,7 +177,18 @@ def narrowed(node: ast.ClassDef, calls: list[ast.Call]) -> ast.ClassDef:
     return made
 
 
-def _calls(program: Program, node: ast.ClassDef, method: ast.FunctionDef) -> list[ast.Call] | None:
+def _users(program: Program) -> dict[str, list[ast.FunctionDef]]:
+    """Return which functions use an attribute of each name."""
+    users: dict[str, list[ast.FunctionDef]] = {}
+    for function in program.functions():
+        for name in dict.fromkeys(n.attr for n in walk(function.body) if isinstance(n, ast.Attribute)):
+            users.setdefault(name, []).append(function)
+    return users
+
+
+def _calls(
+    program: Program, node: ast.ClassDef, method: ast.FunctionDef, users: Mapping[str, list[ast.FunctionDef]]
+) -> list[ast.Call] | None:
     """Return all calls of a method; None where they cannot be told from others, or it is used as a value."""
     if method.name == "__init__":
         return [
@@ -190,7 +203,7 @@ def _calls(program: Program, node: ast.ClassDef, method: ast.FunctionDef) -> lis
         hasattr(k, method.name) for k in _OTHERS
     )
     names: set[str] | None = None  # found where they are asked for, which is seldom
-    for function in program.functions():
+    for function in users.get(method.name, ()):
         uses = [n for n in walk(function.body) if isinstance(n, ast.Attribute) and n.attr == method.name]
         inside = function in node.body
         own = [

@@ -8,7 +8,7 @@ from collections.abc import Set
 
 from sheer.eject.expressions import dotted
 from sheer.eject.program import Program, Refusal, arguments_of, replace_argument, replace_parameter
-from sheer.eject.scope import assignments, bound_in, fresh, parameters, substituted, walk
+from sheer.eject.scope import assignments, bound_in, fresh, parameters, statements, substituted, walk
 
 
 def fields_of(record: ast.ClassDef) -> dict[str, ast.AnnAssign]:
@@ -72,7 +72,7 @@ def _drop_aliases(function: ast.FunctionDef, holder: str, fields: Set[str]) -> N
 def holders_of(program: Program, function: ast.FunctionDef, record: str) -> list[str]:
     """Return the names in a function that hold an object of a record class: parameters that say so, and what one is assigned to."""
     names = [p.arg for p in parameters(function) if p.annotation is not None and _names_type(p.annotation, record)]
-    for statement in walk(function.body):
+    for statement in statements(function.body):
         if (
             isinstance(statement, ast.Assign)
             and isinstance(statement.targets[0], ast.Name)

@@ -37,19 +37,60 @@ def walk(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
     while waiting:
         node = waiting.pop()
         yield node
-        fields = _FIELDS.get(type(node))
+        kind = node.__class__
+        if kind in _HOLD_NOTHING:
+            continue
+        fields = _FIELDS.get(kind)
         if fields is None:
-            fields = _FIELDS[type(node)] = tuple(name for name in node._fields[::-1] if name not in _LEAVES)
+            fields = _FIELDS[kind] = tuple(name for name in node._fields[::-1] if name not in _LEAVES)
         for name in fields:
             value = getattr(node, name, None)
-            if isinstance(value, list):
-                waiting += [part for part in value[::-1] if isinstance(part, ast.AST)]
-            elif isinstance(value, ast.AST):
+            if value is None:
+                continue
+            if value.__class__ is not list:
                 waiting.append(value)
+            elif value:
+                waiting += [part for part in value[::-1] if part is not None]
 
 
-_LEAVES = frozenset({"ctx", "op", "ops", "id", "attr", "arg", "lineno", "type_comment", "kind", "level", "simple"})
-_FIELDS: dict[type[ast.AST], tuple[str, ...]] = {}  # of each kind of node those that may hold others, the last first
+# Fields that hold no nodes.
+_LEAVES = frozenset(
+    {
+        "ctx",
+        "op",
+        "ops",
+        "id",
+        "attr",
+        "arg",
+        "asname",
+        "conversion",
+        "is_async",
+        "kind",
+        "kwd_attrs",
+        "level",
+        "module",
+        "name",
+        "rest",
+        "simple",
+        "type_comment",
+    }
+)
+_HOLD_NOTHING = frozenset(
+    {ast.Name, ast.Constant, ast.Global, ast.Nonlocal, ast.Pass, ast.Break, ast.Continue, ast.MatchSingleton}
+)
+_FIELDS: dict[
+    type[ast.AST], tuple[str, ...]
+] = {}  # of each other kind of node those that may hold others, the last first
+
+
+def statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Yield statements, and those inside of them, with handlers and cases, each before what is in it; no expressions."""
+    for part in body:
+        yield part
+        for name in ("body", "handlers", "cases", "orelse", "finalbody"):
+            inner = getattr(part, name, None)
+            if isinstance(inner, list):
+                yield from statements(inner)
 
 
 def _targets(node: ast.AST) -> set[str]:
@@ -162,5 +203,5 @@ def fresh(name: str, taken: set[str]) -> str:
 
 def bodies_of(function: ast.FunctionDef) -> list[list[ast.stmt]]:
     """Return all lists of statements in a function, its own first."""
-    found = [getattr(node, field, None) for node in walk([function]) for field in ("body", "orelse", "finalbody")]
+    found = [getattr(node, field, None) for node in statements([function]) for field in ("body", "orelse", "finalbody")]
     return [body for body in found if isinstance(body, list)]

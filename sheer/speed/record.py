@@ -120,8 +120,8 @@ class Watching:
 
 
 def _column(table: Tensor, places: list[int]) -> Tensor:
-    """Return the values in some columns of a table, row by row."""
-    return table[:, places[0]] if len(places) == 1 else table[:, places].flatten()
+    """Return the values in some columns of a table, row by row; a list as an index would be copied to the device, and waited for."""
+    return torch.stack([table[:, place] for place in places], 1).flatten()
 
 
 def leaves_of(value: Any, tensors: list[Tensor], key: list[Any]) -> None:

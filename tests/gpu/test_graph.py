@@ -18,8 +18,11 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import sheer
+from sheer.metrics import Metrics
+from sheer.nonfinite import Watch
 from sheer.speed import graph
 from sheer.speed.rates import DeviceRates
+from sheer.speed.record import Recorder
 from tests.task import assert_same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -327,3 +330,39 @@ def test_a_compiled_model_is_captured(dropout: float, tmp_path: Path, monkeypatc
     assert replays > 30
     assert_same(again.state_dict(), other.state_dict())
     assert_same(net.state_dict(), other.state_dict())
+
+
+def test_metrics_of_replays_are_told_and_sent_without_a_wait() -> None:
+    recorder, metrics, watch = Recorder(torch.device("cuda")), Metrics(), Watch()
+    loss, norm = torch.tensor(3.0, device="cuda"), torch.tensor(2.0, device="cuda")
+    recorder.add({"loss": loss, "error": sheer.Mean(norm, 4)}, samples=16)
+    recorder.add({"loss": loss + 1, "error": sheer.Mean(norm, 4)}, samples=8)
+    for value in (loss, norm):
+        recorder.add_watched("loss", value)
+    recorder.seal()
+    recorder.steps = [1]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        recorder.tell(metrics, watch)
+        metrics.send()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watch.first_bad(None) is None
+    assert metrics.read() == {"loss": (3 * 16 + 4 * 8) / 24, "error": 0.5}
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_what_was_sent_is_read_without_a_wait_unless_more_was_added(more: bool) -> None:
+    metrics = Metrics()
+    metrics.add({"loss": torch.tensor(3.0, device="cuda")}, 2)
+    metrics.send()
+    if more:
+        metrics.add({"loss": torch.tensor(6.0, device="cuda")}, 1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("default" if more else "error")
+    try:
+        assert metrics.read() == {"loss": 4.0 if more else 3.0}
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metrics.read() == {}
