@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 
 from sheer.data.batch import StepBatch, count_samples, cut, fingerprint
 from sheer.data.order import GlobalSampler, limited, share
@@ -201,12 +201,19 @@ def own_batches(loader: DataLoader[Any], indices: list[Any]) -> DataLoader[Any]:
     batching: dict[str, Any] = (
         {"batch_sampler": indices} if loader.batch_sampler is not None else {"sampler": indices, "batch_size": None}
     )
+    return with_options_of(loader, loader.dataset, batching, pin_memory=loader.pin_memory)
+
+
+def with_options_of(
+    loader: DataLoader[Any], dataset: Dataset[Any], batching: dict[str, Any], *, pin_memory: bool
+) -> DataLoader[Any]:
+    """Make a plain DataLoader with the options of another, but for `in_order`: what is known of each batch goes by their order."""
     return DataLoader(
-        loader.dataset,
+        dataset,
         **batching,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
+        pin_memory=pin_memory,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
