@@ -11,7 +11,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,12 @@ def end(ranks: Sequence[Child], timeout: float = 120.0, patience: float = 0.1) -
         rank.kill()
         rank.wait(60.0)
     return codes, [rank.returned() or old for rank, old in zip(ranks, returned, strict=True)]
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> tuple[int | None, Any]:
+    """Call a function in a forked process; return its exit code, None where it hung, and what it returned, or its error."""
+    codes, returned = end([fork(function, *arguments)], timeout)
+    return codes[0], returned[0]
 
 
 @dataclass

@@ -5,8 +5,6 @@ A failure names its seed and each kill; `python -m tests.faults.soak --seed N` d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.faults.killer import CALLS
@@ -14,13 +12,6 @@ from tests.faults.runs import How, Tally, at_every_label, at_random
 from tests.faults.warm import Warm
 
 pytestmark = pytest.mark.xdist_group("kills")
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    parent = Warm()
-    yield parent
-    parent.close()
 
 
 @pytest.fixture(scope="module")
