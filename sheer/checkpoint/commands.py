@@ -113,13 +113,10 @@ def verify_checkpoints(run: Annotated[str, typer.Argument(help=OR_ONE)]) -> None
 
 def wrong_in(disk: Folder, name: str) -> list[str]:
     """Return what is wrong with a checkpoint, file by file; a bar shows how much is read. What had to be fetched stays."""
-    from sheer.checkpoint.store import MANIFEST, check_file, manifest_from
+    from sheer.checkpoint.store import check_file, manifest_of
 
-    text = disk.read(name, MANIFEST)
-    if text is None:
-        return [f"{disk}/{name} is no complete checkpoint: it has no {MANIFEST}, so its save was cut off."]
     try:
-        files = manifest_from(text, f"{disk}/{name}", name)["files"]
+        files = manifest_of(disk, name)["files"]
     except RunError as error:
         return [str(error)]
     wrong = []
@@ -160,7 +157,7 @@ def checkpoint_meant(run: str, *, is_verified: bool) -> Iterator[tuple[str, Path
     Raises:
         RunError: there is none, or, where it is to be verified, it is damaged.
     """
-    from sheer.checkpoint.store import MANIFEST, manifest_from
+    from sheer.checkpoint.store import manifest_of
     from sheer.weights import checkpoint_at
 
     disk, name = checkpoint_at(run, "last", None)
@@ -168,7 +165,7 @@ def checkpoint_meant(run: str, *, is_verified: bool) -> Iterator[tuple[str, Path
         wrong = wrong_in(disk, name) if is_verified else []
         if wrong:
             raise RunError("\n".join(wrong))
-        manifest = manifest_from(disk.read(name, MANIFEST) or b"", f"{disk}/{name}", name)
+        manifest = manifest_of(disk, name)
         yield f"{disk}/{name}", disk.bring(name, [] if is_verified else list(manifest["files"])), manifest
     finally:
         disk.forget()
