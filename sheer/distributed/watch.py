@@ -34,7 +34,7 @@ class RankWatch:
         self._thread = threading.Thread(target=self._run, name="sheer-watch", daemon=True)
 
     def begin(self, folders: list[Path]) -> None:
-        """RankWatch the ranks that are about to be started, in place of earlier ones. Called in the main thread."""
+        """Watch the ranks that are about to be started, in place of earlier ones. Called in the main thread."""
         self.folders = folders
         if not self._thread.is_alive():
             for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -43,7 +43,7 @@ class RankWatch:
             self._thread.start()
 
     def close(self) -> None:
-        """RankWatch no longer."""
+        """Watch no longer."""
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join()
