@@ -62,21 +62,11 @@ def largest_share(size: int, ranks: Ranks) -> int:
 
 def grouped_shares(batches: Iterator[tuple[Any, ...]], size: int, ranks: Ranks) -> Iterator[StepBatch]:
     """Put `size` batches in a step: of each this rank's part, its samples, and those of all ranks."""
-    if size == 1:
-        for batch, own, total in batches:
-            step = StepBatch(((batch, own),))
-            step.total, step.largest = total, (-(-total // ranks.data_ranks),)
-            yield step
-        return
     while group := list(itertools.islice(batches, size)):
-        yield divided_step([(batch, own) for batch, own, _ in group], [total for _, _, total in group], ranks)
-
-
-def divided_step(parts: list[tuple[Any, int]], totals: Sequence[int], ranks: Ranks) -> StepBatch:
-    """Return what a step trains on, with what is known of the other ranks' parts."""
-    step = StepBatch(parts)
-    step.total, step.largest = sum(totals), [largest_share(total, ranks) for total in totals]
-    return step
+        parts, own, totals = zip(*group, strict=True)
+        step = StepBatch(zip(parts, own, strict=True))
+        step.total, step.largest = sum(totals), [largest_share(total, ranks) for total in totals]
+        yield step
 
 
 def counted_steps(steps: Iterator[StepBatch], ranks: Ranks) -> Iterator[StepBatch]:
@@ -102,8 +92,7 @@ def counted_steps(steps: Iterator[StepBatch], ranks: Ranks) -> Iterator[StepBatc
             warned = True
             warn_of_the_same(step)
         last = step
-        step.total = sum(counts) * ranks.data_ranks // ranks.world_size
-        step.largest = [max(counts)] * len(step)
+        note_counts(step, counts, ranks)
         yield step
 
 
@@ -129,9 +118,14 @@ def alone_or_counted(batch: Any, ranks: Ranks | None) -> StepBatch:
     """Return a batch that the user made as what a step trains on."""
     step = StepBatch([(batch, count_samples(batch))])
     if ranks is not None:
-        counts = samples_of_ranks(step[0][1])
-        step.total, step.largest = sum(counts) * ranks.data_ranks // ranks.world_size, [max(counts)]
+        note_counts(step, samples_of_ranks(step[0][1]), ranks)
     return step
+
+
+def note_counts(step: StepBatch, counts: list[int], ranks: Ranks) -> None:
+    """Note how many samples of a step the ranks have, which told each other."""
+    step.total = sum(counts) * ranks.data_ranks // ranks.world_size
+    step.largest = [max(counts)] * len(step)
 
 
 def cut_shares(batches: Iterable[Any], ranks: Ranks) -> Iterator[tuple[Any, int, int]]:
