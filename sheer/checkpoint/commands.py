@@ -310,18 +310,20 @@ def prune_checkpoints(
     """Delete checkpoints of a run, and what is left of saves that were cut off. What stays is verified first; other runs' stay."""
     from filelock import FileLock
 
-    from sheer.checkpoint.pruning import carry_out, plan_pruning, run_of
+    from sheer.checkpoint.pruning import carry_out, only_run_of, plan_pruning
     from sheer.checkpoint.store import Retention, committed
     from sheer.rundir import lock, read_record
 
     with errors_told():
         disk = checkpoints_of(run)
         record = next((p / "run.json" for p in (Path(run), Path(run).parent) if (p / "run.json").is_file()), Path())
-        run_id = run_of(disk, read_record(record)["id"] if record.is_file() else None)
+        recorded: str | None = read_record(record)["id"] if record.is_file() else None
         held: FileLock | None = lock(record.parent) if record.is_file() else None  # it is not to be training
         try:
-            saves = [saved.manifest["settings"] for saved in committed(disk) if saved.manifest["run_id"] == run_id]
-            settings: Mapping[str, Any] = saves[-1] if saves else {}
+            saves = committed(disk)
+            run_id = recorded if recorded is not None else only_run_of(disk, saves)
+            own = [saved for saved in saves if saved.manifest["run_id"] == run_id]
+            settings: Mapping[str, Any] = own[-1].manifest["settings"] if own else {}
             keep = Retention(
                 keep_last,
                 keep_best,
@@ -329,7 +331,7 @@ def prune_checkpoints(
                 monitor or settings.get("monitor"),
                 mode or settings.get("monitor_mode", "min"),
             )
-            pruning = plan_pruning(disk, run_id, keep)
+            pruning = plan_pruning(disk, run_id, own, keep)
             if not dry_run:
                 carry_out(disk, pruning, keep)
         finally:

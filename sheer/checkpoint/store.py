@@ -329,9 +329,7 @@ def prune(disk: Folder, saves: Sequence[Saved], keep: Retention) -> list[Saved]:
 
     Args:
         disk: where they are.
-        saves: the checkpoints of this run, oldest first, down to the one that was just written. Others in the folder are of later steps,
-            found damaged before the run went on from an older one, or the rest of saves that were cut off: where their names say so,
-            they are deleted; or of other runs, and stay.
+        saves: the checkpoints of this run, oldest first, down to the one that was just written. What else is in the folder stays.
         keep: which stay.
     """
     staying = staying_of(saves, keep)

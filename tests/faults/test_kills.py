@@ -1,6 +1,6 @@
 """A run that is killed anywhere, with SIGKILL, goes on and ends as the one that was never killed, bit for bit.
 
-A failure names its seed and each kill; `python -m tests.faults.soak --seed N` does the same again.
+A failure names its seed and each kill. `python -m tests.faults.soak` kills at random, and far more often.
 """
 
 from __future__ import annotations
