@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,17 @@ def find_checkpoint(cfg: Settings, disk: Folder, ranks: Ranks | None) -> Path | 
 def newest_good(disk: Folder, ranks: Ranks | None) -> tuple[Path | None, bool]:
     """Return the newest checkpoint in a folder that verifies, and whether there is any; each newer one that does not is warned of."""
     names = agreed(ranks, [] if is_other_rank(ranks) else [saved.path.name for saved in committed(disk)])
+    return next(verified(disk, names, ranks), None), bool(names)
+
+
+def verified(disk: Folder, names: Sequence[str], ranks: Ranks | None) -> Iterator[Path]:
+    """Yield where checkpoints can be read, the last of `names` first; one in which a rank finds something wrong is warned of and passed over."""
     for name in reversed(names):
         path, wrong = found_wrong(disk, name, ranks)
         if wrong is None:
-            return path, True
-        if not is_other_rank(ranks):
+            yield path
+        elif not is_other_rank(ranks):
             warnings.warn(f"{wrong} Going back to the checkpoint before it.", SheerWarning, stacklevel=2)
-    return None, bool(names)
 
 
 def found_wrong(disk: Folder, name: str, ranks: Ranks | None) -> tuple[Path, str | None]:

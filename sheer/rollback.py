@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from sheer.checks import metrics_in
 from sheer.data.batch import StepBatch
 from sheer.data.feed import end_without, ranges_in
 from sheer.distributed.agree import agreed, is_other_rank
-from sheer.errors import BadStepsError, NonFiniteError, SheerWarning
+from sheer.errors import BadStepsError, NonFiniteError
 from sheer.metrics import Metrics
 from sheer.nonfinite import Watch
 from sheer.random import set_random_state
-from sheer.resume import forget_copies, found_wrong, open_data, restore
+from sheer.resume import forget_copies, open_data, restore, verified
 from sheer.run import Run
 from sheer.settings import Rollback, Settings
 from sheer.trail import Trained
@@ -88,14 +87,10 @@ def checkpoint_before(
     disk, ranks = run.saver.disk, run.ranks
     saves = [] if is_other_rank(ranks) else committed(disk)
     own = [one.path.name for one in saves if one.manifest["run_id"] == run.info.run_id and one.step < bad.first]
-    for name in reversed(agreed(ranks, own)):
-        path, wrong = found_wrong(disk, name, ranks)
-        if wrong is None:
-            manifest = read_manifest(path)
-            if can_go_on_from(read_shared_state(path, manifest)["progress"], places, left_out):
-                return path, manifest
-        elif not is_other_rank(ranks):
-            warnings.warn(f"{wrong} Going back to the checkpoint before it.", SheerWarning, stacklevel=2)
+    for path in verified(disk, agreed(ranks, own), ranks):
+        manifest = read_manifest(path)
+        if can_go_on_from(read_shared_state(path, manifest)["progress"], places, left_out):
+            return path, manifest
     raise NonFiniteError(
         f"{bad} There is no checkpoint in {disk} that the run could go back to: those that are left are damaged, or nothing of the epoch is left "
         "between them and the bad steps, which are its last. Keep more: Checkpoint(every_n_steps=..., keep_last=...)."

@@ -9,6 +9,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # that tell a run to stop, where a system has them
 EXIT_STATUS = 85  # of a process that saved and left because it was told to
 
 
@@ -22,7 +23,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            for name in SIGNALS:
                 if hasattr(signal, name):
                     number = getattr(signal, name)
                     self._before[number] = signal.signal(number, self._take)

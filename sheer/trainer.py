@@ -147,12 +147,13 @@ class Trainer:
         hparams: Any = None,
     ) -> Trainer:
         """Make a trainer from settings that were written down, read from a file or built by a configuration library."""
-        trainer = cls(callbacks=callbacks, loggers=loggers, hparams=hparams)
-        settings = overridden(settings, overrides())
-        trainer.settings = expanded(settings, world().world_size)
-        trainer.plugins = Plugins(callbacks, loggers, hparams, mesh_of(settings))
-        trainer.run_dir = Path(trainer.settings.run_dir) if trainer.settings.run_dir is not None else None
-        return trainer
+        given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+        budget = given.pop("activation_memory_budget")
+        if budget < 1.0:
+            given["compile"] = Compile(
+                mode=None if settings.compile is True else settings.compile or None, activation_memory_budget=budget
+            )
+        return cls(**given, callbacks=callbacks, loggers=loggers, hparams=hparams)
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import PRELOADED, free_port
+from tests.ranks import PRELOADED, free_port, place_of
 
 ANEW = ("sheer", "tests", "torchmetrics", "pytest", "_pytest", "hypothesis")
 """What a command imports itself, or not: whether it could, and whether it did, is looked at."""
@@ -35,18 +35,7 @@ def run(command: list[str], *, env: dict[str, str] | None = None, **options: Any
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(ranks):
-            of_rank = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": ranks,
-                "LOCAL_WORLD_SIZE": ranks,
-                "MASTER_PORT": port,
-            }
-            own = (
-                {name: str(value) for name, value in of_rank.items()} | {"MASTER_ADDR": "127.0.0.1"}
-                if ranks > 1
-                else {}
-            )
+            own = place_of(rank, ranks, port) if ranks > 1 else {}
             process = context.Process(
                 target=_child, args=(arguments, str(Path.cwd()), environment | own, f"{folder}/{rank}")
             )

@@ -15,11 +15,10 @@ from typing import Any
 
 PRELOADED = [
     "torch",
-    "torch._dynamo.convert_frame",  # which the first optimizer imports
+    "torch._dynamo.convert_frame",  # the first optimizer and the first update import it: a second for each process
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "torch.distributed.checkpoint",
-    "torch._dynamo.convert_frame",  # the first update imports it: a second for each process
     "torch.distributed.pipelining",
     "torch.profiler",
     "filelock",
@@ -44,15 +43,8 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any,
     port, pipes, processes = free_port(), [], []
     for rank in range(world_size):
         here, there = context.Pipe(duplex=False)
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        process = context.Process(target=_rank, args=(there, str(Path.cwd()), environment, function, arguments))
+        place = place_of(rank, world_size, port)
+        process = context.Process(target=_rank, args=(there, str(Path.cwd()), place, function, arguments))
         process.start()
         there.close()
         pipes.append(here)
@@ -65,6 +57,19 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any,
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def place_of(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Return the environment that torchrun makes for a rank of one machine."""
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    return {name: str(value) for name, value in place.items()}
 
 
 def _collected(pipes: list[Connection], timeout: float) -> list[Any]:

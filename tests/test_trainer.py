@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import signal
@@ -22,6 +23,7 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, IterableDataset
 
 import sheer
+from sheer.launch import overriding
 from tests.task import assert_same, dataset, loader, loss_step, model, step, trainer
 
 
@@ -369,12 +371,30 @@ def test_an_error_says_in_which_step_and_on_which_batch_it_happened() -> None:
     assert error.value.__notes__ == ["In step 3; its batch: [float32 [16, 6], float32 [16, 1]]."]
 
 
-def test_from_settings_and_the_arguments_are_the_same() -> None:
-    settings = sheer.Settings(max_steps=3, precision="bf16-mixed", run_dir="run")
-    assert (
-        sheer.Trainer.from_settings(settings).settings
-        == sheer.Trainer(max_steps=3, precision="bf16-mixed", run_dir="run").settings
-    )
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_steps": 3, "precision": "bf16-mixed", "run_dir": "run", "resume": "auto"},
+        {"max_time": 60.0, "checkpoint": None, "nonfinite": "skip"},
+        {"checkpoint": sheer.Checkpoint(every_n_steps=2), "nonfinite": sheer.Rollback(max_times=2), "parallel": "ddp"},
+        {"compile": "blocks"},
+    ],
+)
+def test_from_settings_and_the_arguments_are_the_same(given: dict[str, Any]) -> None:
+    assert sheer.Trainer.from_settings(sheer.Settings(**given)).settings == sheer.Trainer(**given).settings
+
+
+@pytest.mark.parametrize("mode", [True, "max-autotune"])
+def test_from_settings_keeps_the_budget_of_activations(mode: Any) -> None:
+    settings = sheer.Settings(compile=mode, activation_memory_budget=0.5)
+    assert sheer.Trainer.from_settings(settings).settings == dataclasses.replace(settings, parallel="none")
+
+
+def test_what_the_command_line_sets_goes_over_settings_given_as_one_object() -> None:
+    settings = sheer.Settings(max_steps=3, run_dir="run", checkpoint=sheer.Checkpoint(every_n_steps=2))
+    with overriding({"resume": "auto", "checkpoint.keep_last": "5"}):
+        made = sheer.Trainer.from_settings(settings).settings
+    assert (made.resume, made.checkpoint) == ("auto", sheer.Checkpoint(every_n_steps=2, keep_last=5))
 
 
 def test_a_trainer_has_at_most_thirty_two_arguments() -> None:

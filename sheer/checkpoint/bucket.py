@@ -139,7 +139,7 @@ class Bucket:
 
     def read(self, name: str, file: str) -> bytes | None:
         """Return what is in a small file of a checkpoint; None where there is none."""
-        with self._reached(f"{name}/{file}") as (system, there):
+        with self._reached(f"{name}/{file}" if name else file) as (system, there):
             try:
                 return bytes(system.cat_file(there))
             except FileNotFoundError:
@@ -163,11 +163,7 @@ class Bucket:
 
     def pointed(self, link: str) -> str | None:
         """Return the checkpoint that a link points at; None where there is no such link. A link is a file that holds a name."""
-        with self._reached(link) as (system, there):
-            try:
-                name = bytes(system.cat_file(there)).decode(errors="replace")
-            except FileNotFoundError:
-                return None
+        name = (self.read("", link) or b"").decode(errors="replace")
         return name if step_of(name) is not None else None
 
     def point(self, link: str, name: str) -> None:

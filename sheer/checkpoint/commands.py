@@ -113,13 +113,10 @@ def verify_checkpoints(run: Annotated[str, typer.Argument(help=OR_ONE)]) -> None
 
 def wrong_in(disk: Folder, name: str) -> list[str]:
     """Return what is wrong with a checkpoint, file by file; a bar shows how much is read. What had to be fetched stays."""
-    from sheer.checkpoint.store import MANIFEST, check_file, manifest_from
+    from sheer.checkpoint.store import check_file, manifest_of
 
-    text = disk.read(name, MANIFEST)
-    if text is None:
-        return [f"{disk}/{name} is no complete checkpoint: it has no {MANIFEST}, so its save was cut off."]
     try:
-        files = manifest_from(text, f"{disk}/{name}", name)["files"]
+        files = manifest_of(disk, name)["files"]
     except RunError as error:
         return [str(error)]
     wrong = []
@@ -160,7 +157,7 @@ def checkpoint_meant(run: str, *, is_verified: bool) -> Iterator[tuple[str, Path
     Raises:
         RunError: there is none, or, where it is to be verified, it is damaged.
     """
-    from sheer.checkpoint.store import MANIFEST, manifest_from
+    from sheer.checkpoint.store import manifest_of
     from sheer.weights import checkpoint_at
 
     disk, name = checkpoint_at(run, "last", None)
@@ -168,7 +165,7 @@ def checkpoint_meant(run: str, *, is_verified: bool) -> Iterator[tuple[str, Path
         wrong = wrong_in(disk, name) if is_verified else []
         if wrong:
             raise RunError("\n".join(wrong))
-        manifest = manifest_from(disk.read(name, MANIFEST) or b"", f"{disk}/{name}", name)
+        manifest = manifest_of(disk, name)
         yield f"{disk}/{name}", disk.bring(name, [] if is_verified else list(manifest["files"])), manifest
     finally:
         disk.forget()
@@ -313,18 +310,20 @@ def prune_checkpoints(
     """Delete checkpoints of a run, and what is left of saves that were cut off. What stays is verified first; other runs' stay."""
     from filelock import FileLock
 
-    from sheer.checkpoint.pruning import carry_out, plan_pruning, run_of
+    from sheer.checkpoint.pruning import carry_out, only_run_of, plan_pruning
     from sheer.checkpoint.store import Retention, committed
     from sheer.rundir import lock, read_record
 
     with errors_told():
         disk = checkpoints_of(run)
         record = next((p / "run.json" for p in (Path(run), Path(run).parent) if (p / "run.json").is_file()), Path())
-        run_id = run_of(disk, read_record(record)["id"] if record.is_file() else None)
+        recorded: str | None = read_record(record)["id"] if record.is_file() else None
         held: FileLock | None = lock(record.parent) if record.is_file() else None  # it is not to be training
         try:
-            saves = [saved.manifest["settings"] for saved in committed(disk) if saved.manifest["run_id"] == run_id]
-            settings: Mapping[str, Any] = saves[-1] if saves else {}
+            saves = committed(disk)
+            run_id = recorded if recorded is not None else only_run_of(disk, saves)
+            own = [saved for saved in saves if saved.manifest["run_id"] == run_id]
+            settings: Mapping[str, Any] = own[-1].manifest["settings"] if own else {}
             keep = Retention(
                 keep_last,
                 keep_best,
@@ -332,7 +331,7 @@ def prune_checkpoints(
                 monitor or settings.get("monitor"),
                 mode or settings.get("monitor_mode", "min"),
             )
-            pruning = plan_pruning(disk, run_id, keep)
+            pruning = plan_pruning(disk, run_id, own, keep)
             if not dry_run:
                 carry_out(disk, pruning, keep)
         finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sheer.checkpoint.bucket import Folder
 from sheer.checkpoint.saver import is_rest
-from sheer.checkpoint.store import MANIFEST, Retention, Saved, brought, committed, point_links, staying_of
+from sheer.checkpoint.store import MANIFEST, Retention, Saved, brought, point_links, staying_of
 from sheer.errors import RunError
 
 
@@ -21,24 +21,22 @@ class Pruning:
     damaged: Sequence[str]  # they count for nothing, and stay where they are
 
 
-def run_of(disk: Folder, recorded: str | None) -> str:
-    """Return the run whose checkpoints a folder has: the one in `run.json`, or else the only one.
+def only_run_of(disk: Folder, saves: Sequence[Saved]) -> str:
+    """Return the run whose checkpoints a folder has.
 
     Raises:
         RunError: there is none, or there are several.
     """
-    found = sorted({str(saved.manifest["run_id"]) for saved in committed(disk)})
-    if recorded is not None:
-        return recorded
+    found = sorted({str(saved.manifest["run_id"]) for saved in saves})
     if len(found) != 1:
         said = f"checkpoints of the runs {', '.join(found)}, and no run.json says which is meant" if found else "none"
         raise RunError(f"{disk} holds {said}. Give a run's directory.")
     return found[0]
 
 
-def plan_pruning(disk: Folder, run_id: str, keep: Retention) -> Pruning:
-    """Decide which checkpoints of a run stay; those that do are verified first, so that no damaged one takes the place of a good one."""
-    own = [saved for saved in committed(disk) if saved.manifest["run_id"] == run_id]
+def plan_pruning(disk: Folder, run_id: str, saves: Sequence[Saved], keep: Retention) -> Pruning:
+    """Decide which of a run's checkpoints stay; those that do are verified first, so that no damaged one takes the place of a good one."""
+    own = list(saves)
     damaged: list[str] = []
     while True:
         staying = staying_of(own, keep)

@@ -20,7 +20,7 @@ from sheer.checkpoint.store import (
     Retention,
     Saved,
     committed,
-    manifest_from,
+    manifest_of,
     numbers_in,
     point_links,
     prune,
@@ -191,7 +191,7 @@ class Beside:
 def is_rest(disk: Folder, name: str, run_id: str) -> bool:
     """Whether a folder is the rest of a save, or a checkpoint of this run."""
     try:
-        return bool(manifest_from(disk.read(name, MANIFEST) or b"", name, name)["run_id"] == run_id)
+        return bool(manifest_of(disk, name)["run_id"] == run_id)
     except RunError:
         return all(_OWN.fullmatch(file) for file in disk.sizes(name))
 

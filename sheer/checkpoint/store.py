@@ -174,22 +174,32 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         RunError: there is none, it is damaged, or of another format.
     """
-    if not (path / MANIFEST).is_file():
-        raise RunError(f"{path} is no complete checkpoint: it has no {MANIFEST}, so its save was cut off.")
-    return manifest_from((path / MANIFEST).read_bytes(), str(path), path.resolve().name)
+    file = path / MANIFEST
+    return manifest_from(file.read_bytes() if file.is_file() else None, str(path), path.resolve().name)
 
 
-def manifest_from(text: bytes, path: str, name: str) -> dict[str, Any]:
+def manifest_of(disk: Folder, name: str) -> dict[str, Any]:
+    """Read the manifest of a checkpoint, wherever it is.
+
+    Raises:
+        RunError: there is none, it is damaged, or of another format.
+    """
+    return manifest_from(disk.read(name, MANIFEST), f"{disk}/{name}", name)
+
+
+def manifest_from(text: bytes | None, path: str, name: str) -> dict[str, Any]:
     """Return what the text of a manifest says.
 
     Args:
-        text: of the file.
+        text: of the file; None: there is none.
         path: of the checkpoint, for messages.
         name: of its folder.
 
     Raises:
-        RunError: it is damaged, or of another format, or does not say what a manifest says.
+        RunError: there is none, it is damaged, or of another format, or does not say what a manifest says.
     """
+    if text is None:
+        raise RunError(f"{path} is no complete checkpoint: it has no {MANIFEST}, so its save was cut off.")
     file = f"{path}/{MANIFEST}"
     try:
         manifest: dict[str, Any] = json.loads(text)
@@ -268,9 +278,9 @@ def brought(disk: Folder, name: str) -> Path:
     """Bring this process's part of a checkpoint to where it can be read, verified; return the folder.
 
     Raises:
-        RunError: it is damaged; the error names the file.
+        RunError: its save was cut off, or it is damaged; the error names the file.
     """
-    manifest = manifest_from(disk.read(name, MANIFEST) or b"", f"{disk}/{name}", name)
+    manifest = manifest_of(disk, name)
     folder = disk.bring(name, [MANIFEST, *sorted(manifest["files"])[disk.part[0] :: disk.part[1]]])
     try:
         verify(folder, disk.part)
@@ -319,9 +329,7 @@ def prune(disk: Folder, saves: Sequence[Saved], keep: Retention) -> list[Saved]:
 
     Args:
         disk: where they are.
-        saves: the checkpoints of this run, oldest first, down to the one that was just written. Others in the folder are of later steps,
-            found damaged before the run went on from an older one, or the rest of saves that were cut off: where their names say so,
-            they are deleted; or of other runs, and stay.
+        saves: the checkpoints of this run, oldest first, down to the one that was just written. What else is in the folder stays.
         keep: which stay.
     """
     staying = staying_of(saves, keep)

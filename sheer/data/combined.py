@@ -29,14 +29,13 @@ class CombinedSource:
         # How far a shorter one has come is saved as it is: then nothing may be fetched ahead.
         self.in_workers = all(part.source.in_workers and part.length == self.longest for part in self.passes.values())
         self.shared = all(part.source.shared for part in self.passes.values())
+        self.described = "; ".join(f"{name}: {source.described}" for name, source in sources.items())
         if any(part.source.shared for part in self.passes.values()) and not self.shared:
             raise DataError(
-                "Of the loaders in the dict some are divided over the ranks, and some give each rank its own: "
-                + "; ".join(f"{name}: {source.described}" for name, source in sources.items())
-                + ". Give loaders of one kind."
+                f"Of the loaders in the dict some are divided over the ranks, and some give each rank its own: {self.described}. Give loaders of "
+                "one kind."
             )
         self.reopens = True  # what a single loader draws at another time is undone, in `Passes.open`
-        self.described = "; ".join(f"{name}: {source.described}" for name, source in sources.items())
 
     def epoch(self, epoch: int, start: int) -> Iterator[Taken]:
         """Open an epoch of the longest at its batch `start`; the samples of a step are those of the first loader."""

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 
 from sheer.data.batch import StepBatch, count_samples, cut, fingerprint
 from sheer.data.order import GlobalSampler, limited, share
@@ -62,21 +62,11 @@ def largest_share(size: int, ranks: Ranks) -> int:
 
 def grouped_shares(batches: Iterator[tuple[Any, ...]], size: int, ranks: Ranks) -> Iterator[StepBatch]:
     """Put `size` batches in a step: of each this rank's part, its samples, and those of all ranks."""
-    if size == 1:
-        for batch, own, total in batches:
-            step = StepBatch(((batch, own),))
-            step.total, step.largest = total, (-(-total // ranks.data_ranks),)
-            yield step
-        return
     while group := list(itertools.islice(batches, size)):
-        yield divided_step([(batch, own) for batch, own, _ in group], [total for _, _, total in group], ranks)
-
-
-def divided_step(parts: list[tuple[Any, int]], totals: Sequence[int], ranks: Ranks) -> StepBatch:
-    """Return what a step trains on, with what is known of the other ranks' parts."""
-    step = StepBatch(parts)
-    step.total, step.largest = sum(totals), [largest_share(total, ranks) for total in totals]
-    return step
+        parts, own, totals = zip(*group, strict=True)
+        step = StepBatch(zip(parts, own, strict=True))
+        step.total, step.largest = sum(totals), [largest_share(total, ranks) for total in totals]
+        yield step
 
 
 def counted_steps(steps: Iterator[StepBatch], ranks: Ranks) -> Iterator[StepBatch]:
@@ -102,8 +92,7 @@ def counted_steps(steps: Iterator[StepBatch], ranks: Ranks) -> Iterator[StepBatc
             warned = True
             warn_of_the_same(step)
         last = step
-        step.total = sum(counts) * ranks.data_ranks // ranks.world_size
-        step.largest = [max(counts)] * len(step)
+        note_counts(step, counts, ranks)
         yield step
 
 
@@ -129,9 +118,14 @@ def alone_or_counted(batch: Any, ranks: Ranks | None) -> StepBatch:
     """Return a batch that the user made as what a step trains on."""
     step = StepBatch([(batch, count_samples(batch))])
     if ranks is not None:
-        counts = samples_of_ranks(step[0][1])
-        step.total, step.largest = sum(counts) * ranks.data_ranks // ranks.world_size, [max(counts)]
+        note_counts(step, samples_of_ranks(step[0][1]), ranks)
     return step
+
+
+def note_counts(step: StepBatch, counts: list[int], ranks: Ranks) -> None:
+    """Note how many samples of a step the ranks have, which told each other."""
+    step.total = sum(counts) * ranks.data_ranks // ranks.world_size
+    step.largest = [max(counts)] * len(step)
 
 
 def cut_shares(batches: Iterable[Any], ranks: Ranks) -> Iterator[tuple[Any, int, int]]:
@@ -201,12 +195,19 @@ def own_batches(loader: DataLoader[Any], indices: list[Any]) -> DataLoader[Any]:
     batching: dict[str, Any] = (
         {"batch_sampler": indices} if loader.batch_sampler is not None else {"sampler": indices, "batch_size": None}
     )
+    return with_options_of(loader, loader.dataset, batching, pin_memory=loader.pin_memory)
+
+
+def with_options_of(
+    loader: DataLoader[Any], dataset: Dataset[Any], batching: dict[str, Any], *, pin_memory: bool
+) -> DataLoader[Any]:
+    """Make a plain DataLoader with the options of another, but for `in_order`: what is known of each batch goes by their order."""
     return DataLoader(
-        loader.dataset,
+        dataset,
         **batching,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
+        pin_memory=pin_memory,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,

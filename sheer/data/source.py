@@ -25,7 +25,7 @@ from torch.utils.data import (
 
 from sheer.data.batch import count_samples, same_tensors
 from sheer.data.order import GlobalSampler, mix_seed
-from sheer.data.shares import GlobalBatches, Shares, cut_shares
+from sheer.data.shares import GlobalBatches, Shares, cut_shares, with_options_of
 from sheer.distributed.agree import agreed, is_other_rank
 from sheer.distributed.mesh import Ranks
 from sheer.errors import DataError, SheerWarning
@@ -418,20 +418,8 @@ class IterableSource:
 def rebuilt(loader: DataLoader[Any], batching: dict[str, Any], *, seed: int, device: torch.device) -> DataLoader[Any]:
     """Make a plain DataLoader with the options of `loader` and another order; with workers, each sample gets a seed of its own."""
     dataset = SeededDataset(loader.dataset, seed) if loader.num_workers > 0 else loader.dataset
-    return DataLoader(
-        dataset,
-        **batching,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory or device.type == "cuda",  # a copy from other memory makes the host wait
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-        in_order=loader.in_order,
-    )
+    pinned = loader.pin_memory or device.type == "cuda"  # a copy from other memory makes the host wait
+    return with_options_of(loader, dataset, batching, pin_memory=pinned)
 
 
 def generator_seed(loader: DataLoader[Any], otherwise: int) -> int:

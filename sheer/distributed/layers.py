@@ -74,7 +74,7 @@ class Pipeline(nn.Module):
         Raises:
             DataError: they cannot be.
         """
-        number = self.ranks.parallel.pp_micro_batches or 2 * self.ranks.parallel.pp
+        number = number_of_micro_batches(self.ranks)
         parts = []
         for part, samples in batch:
             own = size or -(-samples // number)
@@ -158,6 +158,11 @@ def copy_to_compare(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def number_of_micro_batches(ranks: Ranks) -> int:
+    """Return into how many micro-batches a batch is cut, where the settings do not say how large they are."""
+    return ranks.parallel.pp_micro_batches or 2 * ranks.parallel.pp
+
+
 def check_sizes(batch_size: int | None, samples: int, size: int | None, ranks: Ranks) -> None:
     """Raise `DataError` at the start where a batch of known size cannot be cut into equal micro-batches.
 
@@ -169,7 +174,7 @@ def check_sizes(batch_size: int | None, samples: int, size: int | None, ranks: R
     """
     if batch_size is None:
         return
-    number = ranks.parallel.pp_micro_batches or 2 * ranks.parallel.pp
+    number = number_of_micro_batches(ranks)
     for total, which in ((batch_size, "a batch"), (samples % batch_size, "the last batch of an epoch")):
         shares = {share(total, rank, ranks.data_ranks)[1] for rank in range(ranks.data_ranks)}
         fits = len(shares) == 1 and all(own % (size or number) == 0 for own in shares)

@@ -26,7 +26,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
-    ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleavedZeroBubble,
     ScheduleLoopedBFS,
@@ -34,7 +33,7 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from sheer.distributed.stages import stages_of_rank
+from sheer.distributed.stages import DOWN_AND_BACK, stages_of_rank
 from sheer.distributed.stand_in import ModelCall, answered, detached, drawing_alike, recorded_call, refuse_unequal
 from sheer.distributed.trial import Sketch, misuse_in, refuse_together, try_stages, what_differs
 from sheer.errors import ModelError, SettingsError, StepError
@@ -45,7 +44,7 @@ _MOST_PREPARED = (
     4  # schedules that are kept with their buffers: for training, for evaluation, and for a last batch of each
 )
 # Those whose backward comes in two halves: for what goes on to the stage before, and for the weights.
-_SPLITTING = (ScheduleZBVZeroBubble, ScheduleInterleavedZeroBubble, ScheduleDualPipeV)
+_SPLITTING = (*DOWN_AND_BACK, ScheduleInterleavedZeroBubble)
 
 
 @dataclass
@@ -86,7 +85,6 @@ class PipelineStep:
         schedule: "GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", or another of PyTorch's.
         device: where this rank computes.
         autocast: entered around the step and each stage.
-        scale: applied to the loss before backward, as `GradScaler.scale`.
         any_of_copies: whether any pipeline says so, where several share sharded parameters: they try their stages together.
         uncut: a copy of the model before it was cut, on one rank; its stages are compared with it before the first step, then it goes.
         split: the names of the modules at which it was cut.
@@ -103,7 +101,6 @@ class PipelineStep:
         schedule: str,
         device: torch.device,
         autocast: AbstractContextManager[Any] | None = None,
-        scale: Callable[[Tensor], Tensor] | None = None,
         any_of_copies: Callable[[bool], bool] | None = None,
         uncut: nn.Module | None = None,
         split: Sequence[str] = (),
@@ -114,7 +111,6 @@ class PipelineStep:
         assert sorted(stages) == wanted, f"{schedule} has stages {wanted} on this rank, not {sorted(stages)}"
         self.stages, self.number, self.group, self.schedule, self.device = dict(stages), number, group, schedule, device
         self.autocast = nullcontext() if autocast is None else autocast
-        self.scale = scale
         self._any_of_copies = any_of_copies
         self._uncut, self._split, self._is_compared = uncut, split, False
         self.last_rank = self.rank_of[number - 1]  # in the group: where outputs are returned
@@ -211,7 +207,7 @@ class PipelineStep:
             targets = torch.arange(len(calls))  # a target is the number of its micro-batch
             if job.weights is not None:
                 schedule.step(target=targets, return_outputs=False)
-            elif isinstance(schedule, (ScheduleZBVZeroBubble, ScheduleDualPipeV)):
+            elif isinstance(schedule, DOWN_AND_BACK):
                 self._down_and_back(calls, sketches)
             else:
                 schedule.eval(target=targets, return_outputs=False)
@@ -264,8 +260,7 @@ class PipelineStep:
         value = loss.total if isinstance(loss, Mean) else loss
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise StepError(no_loss(job.step_function, result))
-        value = value * weight
-        return value if self.scale is None else self.scale(value)
+        return value * weight
 
     def _prepare(self, job: PipelineWork, calls: list[ModelCall]) -> tuple[Any, list[_CallStage], list[Sketch]]:
         """Make a schedule and its stages for the shapes of a step."""
@@ -288,7 +283,7 @@ class PipelineStep:
             stages.append(stage)
         kind: Any = get_schedule_class(self.schedule)
         if job.weights is None:  # the same places of the stages, and no demands on the number of micro-batches
-            down_and_back = issubclass(kind, (ScheduleZBVZeroBubble, ScheduleDualPipeV))
+            down_and_back = issubclass(kind, DOWN_AND_BACK)
             looped = ScheduleZBVZeroBubble if down_and_back else ScheduleLoopedBFS
             kind = ScheduleGPipe if issubclass(kind, PipelineScheduleSingle) else looped
         given = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages

@@ -91,17 +91,6 @@ def own_chunks(tensor: Tensor, seq_dim: int, cp_rank: int, cp_size: int) -> Tens
     return torch.cat([early, late], dim=seq_dim)
 
 
-def sequence_positions(length: int, cp_rank: int, cp_size: int, device: torch.device | None = None) -> Tensor:
-    """Return the positions in the whole sequence of the tokens that this rank holds, int64 of shape [length / cp_size].
-
-    For a model that takes its positions as an argument. One that makes them itself, with `torch.arange` of its input's length, would
-    count this rank's tokens from 0, which nothing can notice: put `torch.arange(length)` into the batch, shaped like the tokens, where
-    `cut_sequence` cuts it with them, or make them of this.
-    """
-    positions = torch.arange(length, device=device)
-    return positions if cp_size == 1 else own_chunks(positions, 0, cp_rank, cp_size)
-
-
 @contextmanager
 def sharded_buffers(
     model: nn.Module, names: Sequence[str], seq_dims: Sequence[int], length: int, cp_rank: int, cp_size: int
@@ -110,7 +99,7 @@ def sharded_buffers(
 
     For tables of positions (cosines and sines of rotary embeddings, position ids) that the model cuts to the length of its input:
     `self.cos[: x.shape[1]]` then has the rows of this rank's tokens. It helps only where the model takes the first rows; one that
-    indexes with positions wants the whole table, and `sequence_positions`. A learned table (a parameter) cannot be given this way.
+    indexes with positions wants the whole table, and positions in the batch, where they are cut with the tokens. A learned table (a parameter) cannot be given this way.
 
     Args:
         model: the model that holds the buffers.

@@ -31,6 +31,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from sheer.errors import ModelError, SettingsError
 from sheer.random import random_state, set_random_state
 
+DOWN_AND_BACK = (ScheduleZBVZeroBubble, ScheduleDualPipeV)  # the schedules that go down the ranks and back again
 STAGE_HINT = (
     "A stage is the model with the modules of other stages missing, and its forward must pass its input on where they are: "
     "x = self.embed(x) if self.embed is not None else x. What the step gives the model by position goes to the first stage only; what others "
@@ -51,7 +52,7 @@ def stages_of_rank(schedule: str, rank: int, size: int, number: int) -> list[int
         kind: Any = get_schedule_class(schedule)
     except ValueError as error:
         raise SettingsError(f"{schedule!r} is no schedule of a pipeline: {error}") from None
-    if issubclass(kind, (ScheduleZBVZeroBubble, ScheduleDualPipeV)):
+    if issubclass(kind, DOWN_AND_BACK):
         fits, wanted, stages = number == 2 * size, f"{2 * size}, two a rank", [rank, 2 * size - 1 - rank]
     elif issubclass(kind, PipelineScheduleSingle):
         fits, wanted, stages = number == size, f"{size}, one a rank", [rank]
@@ -88,11 +89,18 @@ def split_model(model: nn.Module, split_points: Sequence[str], stages: Sequence[
 def keep_only(model: nn.Module, split_points: Sequence[str], stages: Sequence[int]) -> None:
     """Take the modules of other stages out of a model, and with them their memory; what is left has the names that it had."""
     shells, stage_of = _assign(model, split_points)
+    _take_out_others(model, shells, stage_of, stages)
+
+
+def _take_out_others(
+    model: nn.Module, shells: Sequence[str], stage_of: Mapping[str, int], stages: Sequence[int]
+) -> None:
+    """Take out of a model what belongs to none of these stages."""
     for name, stage in stage_of.items():
         owner, _, own_name = name.rpartition(".")
         parent = model.get_submodule(owner)
         if stage not in stages and isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            delattr(parent, own_name)
+            delattr(parent, own_name)  # which keeps the names of the others, where `del parent[0]` would not
         elif stage not in stages:
             setattr(parent, own_name, None)
     for shell in shells:
@@ -150,18 +158,7 @@ def _stage(model: nn.Module, shells: Sequence[str], stage_of: Mapping[str, int],
         module = model.get_submodule(shell)
         kept += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     stage = copy.deepcopy(model, {id(item): item for item in kept})
-    for name, of in stage_of.items():
-        owner, _, own_name = name.rpartition(".")
-        parent = stage.get_submodule(owner)
-        if of != index and isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            delattr(parent, own_name)  # which keeps the names of the others, where `del parent[0]` would not
-        elif of != index:
-            setattr(parent, own_name, None)
-    for shell in shells:
-        if _first_stage(shell, stage_of) != index:
-            module = stage.get_submodule(shell)
-            for name, _ in list(module.named_parameters(recurse=False)):
-                module.register_parameter(name, None)
+    _take_out_others(stage, shells, stage_of, [index])
     return stage
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -31,7 +32,7 @@ _agreements = itertools.count()  # every rank makes the same ones in the same or
 
 
 class StopAgreement:
-    """Leads all ranks to stop at the same point. Needs a process group; a rank alone agrees with itself.
+    """Leads all ranks to stop at the same point. Needs a process group.
 
     Args:
         progress: its `step` is read, to say where a rank is.
@@ -74,11 +75,10 @@ class StopAgreement:
 
     def start(self) -> None:
         """Begin to look for requests."""
-        if self._world_size > 1:
-            prefix = f"sheer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_agreements)}"
-            group: Any = dist.group.WORLD  # torch's stubs lack its store
-            self._store = PrefixStore(prefix, group.get_group_store().clone())  # a connection of its own
-            self._thread.start()
+        prefix = f"sheer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_agreements)}"
+        group: Any = dist.group.WORLD  # torch's stubs lack its store
+        self._store = PrefixStore(prefix, group.get_group_store().clone())  # a connection of its own
+        self._thread.start()
 
     def close(self) -> None:
         """End the thread. A rank that closes has come to the end of its run, as all do: no step is to be waited for."""
@@ -104,9 +104,7 @@ class StopAgreement:
 
     def request(self, reason: str) -> None:
         """Ask all ranks to stop soon. Only sets a value: it may be called in a signal handler."""
-        if self._world_size == 1:
-            self._reason, self._last, self.wait_at = reason, 0, 0
-        elif self._wanted is None:
+        if self._wanted is None:
             self._wanted = reason
 
     def _wait(self) -> str | None:
@@ -122,14 +120,10 @@ class StopAgreement:
 
         If another was first, this one's failure follows from that: it ends here, quietly.
         """
-        if self._world_size == 1 or not self._thread.ident:
+        if not self._thread.ident:
             return
-        try:
-            first = self._tell_failure(text)
-        except RuntimeError:
-            return
-        if first["rank"] != self._rank:
-            self._end(first["rank"], first["text"])
+        with suppress(RuntimeError):
+            self._tell_failure(text)
 
     def stragglers(self) -> str:
         """Name the ranks that the others wait for, and say where they are. Asks all ranks, for as long as three looks take."""
@@ -139,9 +133,7 @@ class StopAgreement:
         self._store.add("news", 1)
         self._answer(asked)
         keys = [f"place/{asked}/{rank}" for rank in range(self._world_size)]
-        end = time.monotonic() + 3 * self._every + 1.0
-        while time.monotonic() < end and not self._store.check(keys):
-            time.sleep(QUICK)
+        self._await(keys)
         places = []
         for rank, key in enumerate(keys):
             answer, beat = self._read(key), self._read(f"beat/{rank}") or {"step": 0, "time": time.time()}
@@ -242,9 +234,7 @@ class StopAgreement:
     def _give_up(self, text: str) -> None:
         """End this process with an error of its own, while its main thread hangs."""
         text = f"{text}\n{self.stragglers()}\n"
-        first = self._tell_failure(text)
-        if first["rank"] != self._rank:
-            self._end(first["rank"], first["text"])
+        self._tell_failure(text)
         write_to_file(text)
         if not report_error(text, text.splitlines()[0], echo=False):
             write_to_console(text)
@@ -265,19 +255,23 @@ class StopAgreement:
         try:
             self._store.set(f"ended/{self._rank}", "")
             if self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                others = [f"ended/{rank}" for rank in range(1, self._world_size) if rank != failed]
-                end = time.monotonic() + 3 * self._every + 1.0
-                while others and time.monotonic() < end and not self._store.check(others):
-                    time.sleep(QUICK)
+                self._await([f"ended/{rank}" for rank in range(1, self._world_size) if rank != failed])
         except RuntimeError:  # the store is what has failed
             return
 
-    def _tell_failure(self, text: str) -> dict[str, Any]:
-        """Write that this rank has failed, unless another did before; returns which has, and how."""
+    def _await(self, keys: list[str]) -> None:
+        """Wait until the store has all of these keys, for as long as three looks take."""
+        end = time.monotonic() + 3 * self._every + 1.0
+        while keys and time.monotonic() < end and not self._store.check(keys):
+            time.sleep(QUICK)
+
+    def _tell_failure(self, text: str) -> None:
+        """Write that this rank has failed; if another has before, this one ends here."""
         own = json.dumps({"rank": self._rank, "text": text})
         first: dict[str, Any] = json.loads(self._store.compare_set("failed", "", own))
         self._store.add("news", 1)
-        return first
+        if first["rank"] != self._rank:
+            self._end(first["rank"], first["text"])
 
     def _read(self, key: str) -> dict[str, Any] | None:
         """Return a value that is there, or None."""

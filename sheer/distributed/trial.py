@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
 
 from sheer.data.batch import move
 from sheer.distributed.stages import STAGE_HINT, check_stages
 from sheer.distributed.stand_in import ModelCall, answered
+from sheer.distributed.steps import let_go
 from sheer.errors import ModelError, SheerError, StepError
 from sheer.loss import Step
 from sheer.random import random_state, set_random_state
@@ -98,9 +98,7 @@ def _try_stage(
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+        let_go(module)
         set_random_state(state)
     outputs = given if isinstance(given, (tuple, list)) else (given,)
     if not all(isinstance(one, Tensor) and (last or one.is_floating_point()) for one in outputs):

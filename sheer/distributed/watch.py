@@ -15,6 +15,7 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Std
 
 from sheer.distributed.words import ERROR, FOLDER_OF_WORDS, LEFT, RUNS
+from sheer.signals import SIGNALS
 
 PERIOD = 0.05  # seconds between two looks at the ranks
 GRACE = 3.0  # seconds that a rank with an error has to end by itself
@@ -34,16 +35,16 @@ class RankWatch:
         self._thread = threading.Thread(target=self._run, name="sheer-watch", daemon=True)
 
     def begin(self, folders: list[Path]) -> None:
-        """RankWatch the ranks that are about to be started, in place of earlier ones. Called in the main thread."""
+        """Watch the ranks that are about to be started, in place of earlier ones. Called in the main thread."""
         self.folders = folders
         if not self._thread.is_alive():
-            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            for name in SIGNALS:
                 signal.signal(getattr(signal, name), self._take)
             signal.signal(signal.SIGCHLD, self._look_at_ends)
             self._thread.start()
 
     def close(self) -> None:
-        """RankWatch no longer."""
+        """Watch no longer."""
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join()

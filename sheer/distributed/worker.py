@@ -14,10 +14,9 @@ import torch.distributed as dist
 
 from sheer.distributed.output import write_to_file
 from sheer.distributed.words import RUNS, departure_status, launcher_folder, leave_word, report_error
-from sheer.signals import EXIT_STATUS
+from sheer.signals import EXIT_STATUS, SIGNALS
 
 ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error", "Write error")
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 def work() -> None:

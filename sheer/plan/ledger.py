@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sheer.distributed.tensors import local
+from sheer.scripts import standing_in
 
-RESIZE = torch.UntypedStorage.resize_
 ALL = "all ranks"
 
 
@@ -123,26 +124,16 @@ class Ledger(TorchDispatchMode):
         return tuple(sorted(self._moved.values()))
 
 
-@contextmanager
-def seeing_resizes(ledger: Ledger) -> Iterator[None]:
+def seeing_resizes(ledger: Ledger) -> AbstractContextManager[None]:
     """Let a ledger see storages that are resized in place, as `fully_shard` does to free what it gathered: no operation tells of it."""
-    _WATCHING.append(ledger)
-    torch.UntypedStorage.resize_ = resize_and_tell  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        _WATCHING.remove(ledger)
-        torch.UntypedStorage.resize_ = RESIZE  # type: ignore[method-assign]
+    resize = functools.partialmethod(resize_and_tell, torch.UntypedStorage.resize_, ledger)
+    return standing_in(torch.UntypedStorage, {"resize_": resize})
 
 
-_WATCHING: list[Ledger] = []
-
-
-def resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
+def resize_and_tell(storage: torch.UntypedStorage, resize: Callable[..., Any], ledger: Ledger, size: int) -> Any:
     """Stand for `UntypedStorage.resize_`."""
-    result = RESIZE(storage, size)
-    for ledger in _WATCHING:
-        ledger.sized(storage)
+    result = resize(storage, size)
+    ledger.sized(storage)
     return result
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sheer.distributed.mesh import sized_for
 from sheer.errors import SettingsError
 from sheer.plan.estimate import Estimate
 from sheer.settings import Parallel
@@ -95,11 +96,8 @@ def way_of(found: Estimate) -> str:
     parallel = found.settings.parallel
     if not isinstance(parallel, Parallel):
         return "nothing is divided"
-    names = {"dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard, "tp": parallel.tp}
-    left = found.world_size  # what -1 stands for
-    for size in names.values():
-        left //= max(size, 1)
-    sizes = {name: left if size == -1 else size for name, size in names.items()}
+    parallel = sized_for(parallel, found.world_size)
+    sizes = {"dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard, "tp": parallel.tp}
     if sizes["dp_shard"] == sizes["tp"] == 1:
         return f"DDP (dp_replicate={sizes['dp_replicate']:,})"
     kind = "HSDP" if sizes["dp_replicate"] > 1 else "FSDP2"

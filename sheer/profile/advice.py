@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
-
 from sheer.profile.phases import (
     BACKWARD,
     CALLBACKS,
@@ -23,10 +21,10 @@ from sheer.profile.phases import (
 from sheer.profile.script import Seen
 from sheer.profile.syncs import COPIED, MASKED, READ
 from sheer.profile.trace import DeviceTime
+from sheer.speed.ways import can_be_fused
 
 MOST_NAMED = 3  # changes that are named
 CLEAR = 0.1  # share of a step from which on a phase is worth a change
-FUSABLE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
 REMEDIES = {
     READ: "return the tensor as a metric, which is read at log points",
     COPIED: "return the tensor as a metric, which is read at log points",
@@ -142,7 +140,7 @@ def of_compute(
     """Yield what can be done about what is computed, each with the share of a step that it is about."""
     settings = seen.settings
     computed = shares[FORWARD] + shares[BACKWARD]
-    unfused = [one for one in seen.optimizers if type(one) in FUSABLE and not one.defaults.get("fused")]
+    unfused = [one for one in seen.optimizers if can_be_fused(one)]
     if unfused and shares[OPTIMIZER] >= CLEAR / 2:
         name = type(unfused[0]).__name__
         yield (

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 from sheer.build import build_optimizer, make_compute, place_model, resolve_device
 from sheer.errors import SettingsError
 from sheer.events import RunInfo
+from sheer.float8 import CAPABILITY
 from sheer.plugins import Plugins
 from sheer.scripts import Call
 from sheer.settings import MODES_WITH_GRAPHS, Settings
 from sheer.speed.trials import Trial, trial_of
-from sheer.speed.ways import Way, can_be_fused, own_way, way_from
+from sheer.speed.ways import Way, can_be_fused, own_way
 
 FILE = "autotune.json"
 GAIN = 0.98  # of the time of the best so far: what is hardly faster is not kept
@@ -44,13 +45,14 @@ class Keeper:
         path.write_text(json.dumps(dataclasses.asdict(self.way), indent=1))
 
 
-def chosen_before(settings: Any) -> Way | None:
+def chosen_before(settings: Settings) -> Way | None:
     """Return the way that was chosen for the run that goes on; None in a new one."""
-    if settings.resume is None:
+    given = settings.run_dir if settings.resume == "auto" else settings.resume
+    if given is None:
         return None
-    start = Path(settings.run_dir if settings.resume == "auto" else settings.resume)
+    start = Path(given)
     found = next((folder / FILE for folder in (start, *start.parents[:2]) if (folder / FILE).is_file()), None)
-    return way_from(json.loads(found.read_text())) if found is not None else None
+    return Way(**json.loads(found.read_text())) if found is not None else None
 
 
 def find_way(call: Call, say: Say = print) -> Way:
@@ -195,7 +197,7 @@ def lower_precisions(call: Call, best: Trial, base: Way, device: torch.device) -
         return []
     if base.precision == "32-true":
         return [dataclasses.replace(best.way, precision=precision) for precision in ("tf32-true", "bf16-mixed")]
-    can = torch.cuda.get_device_capability(device) >= (8, 9) and importlib.util.find_spec("torchao") is not None
+    can = torch.cuda.get_device_capability(device) >= CAPABILITY and importlib.util.find_spec("torchao") is not None
     return [dataclasses.replace(best.way, precision="float8-mixed")] if can and base.precision == "bf16-mixed" else []
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import io
 import statistics
 import tempfile
 import time
@@ -21,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sheer.build import built_by_function
-from sheer.console import Console
+from sheer.console import silent_console
 from sheer.errors import SheerError
 from sheer.loop import fit
 from sheer.plugins import Plugins
@@ -99,11 +98,10 @@ def trial_of(call: Call, way: Way, device: torch.device) -> Trial:
 
 def trained_in(call: Call, way: Way, watch: Stopwatch) -> Run:
     """Train in a way until the watch has enough; nothing of it stays on the disk."""
-    silent: Any = Console(live=False, file=io.StringIO())
     scheduler = call.scheduler if built_by_function(call.scheduler) else None  # an object counts steps it must not see
     loader, optimizer = way.loader(call.loader), way.optimizer(call.optimizer)
     with tempfile.TemporaryDirectory(prefix="sheer-autotune-", ignore_cleanup_errors=True) as folder:
-        settings, plugins = settings_of_trial(way.settings(call.settings), folder), Plugins([watch], [silent])
+        settings, plugins = settings_of_trial(way.settings(call.settings), folder), Plugins([watch], [silent_console()])
         return fit(settings, plugins, call.model, call.step, loader, None, call.step, optimizer, scheduler, None, False)
 
 

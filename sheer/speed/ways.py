@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sheer.settings import Settings
+
+# What a way has in common with the settings.
+OF_SETTINGS = ("compile", "activation_memory_budget", "cuda_graph", "precision", "micro_batch_size")
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,7 @@ class Way:
 
     def settings(self, settings: Settings) -> Settings:
         """Return settings changed to this way."""
-        names = ("compile", "activation_memory_budget", "cuda_graph", "precision", "micro_batch_size")
-        return dataclasses.replace(settings, **{name: getattr(self, name) for name in names})
+        return dataclasses.replace(settings, **{name: getattr(self, name) for name in OF_SETTINGS})
 
     def loader(self, loader: Any) -> Any:
         """Return a loader with this number of workers."""
@@ -65,18 +67,7 @@ class FusedBuilder:
 
 def own_way(settings: Settings) -> Way:
     """Return the way that settings say."""
-    return Way(
-        settings.compile,
-        settings.activation_memory_budget,
-        settings.cuda_graph,
-        settings.precision,
-        settings.micro_batch_size,
-    )
-
-
-def way_from(saved: Mapping[str, Any]) -> Way:
-    """Return the way that was written as JSON."""
-    return Way(**saved)
+    return Way(**{name: getattr(settings, name) for name in OF_SETTINGS})
 
 
 def can_be_fused(optimizer: Optimizer) -> bool:

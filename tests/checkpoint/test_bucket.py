@@ -149,6 +149,8 @@ def test_what_was_cut_off_before_its_manifest_is_not_seen_and_goes_with_the_next
     system, path = system_of(url)
     system.rm_file(f"{path}/step-00000004/{MANIFEST}")
     assert [saved.step for saved in committed(Bucket(url, None))] == [2]
+    with pytest.raises(RunError, match=f"{url}/step-00000004 is no complete checkpoint: .* its save was cut off"):
+        sheer.load_weights(model(), f"{url}/step-00000004")
     _, net = train(9, url, resume="auto")
     assert_same(net.state_dict(), straight())
     assert Bucket(url, None).names() == ["step-00000008", "step-00000009"]

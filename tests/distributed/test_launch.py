@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sheer.distributed.worker import SIGNALS, work
-from sheer.signals import EXIT_STATUS
+from sheer.distributed.worker import work
+from sheer.signals import EXIT_STATUS, SIGNALS
 from tests.distributed import launched
 from tests.ranks import free_port, run_on_ranks
 

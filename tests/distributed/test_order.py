@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 import sheer
 from sheer.data.choose import make_source
 from sheer.data.feed import TrainingData
+from sheer.data.shares import counted_or_not, dealt
 from sheer.distributed.mesh import Ranks
 from sheer.progress import Progress
 from tests.ranks import run_on_ranks
@@ -70,6 +72,34 @@ def test_all_ranks_together_see_what_one_would(
         [list(itertools.chain(*batches)) for batches in zip(*step, strict=True)] for step in zip(*parts, strict=True)
     ]
     assert together == one
+
+
+class FirstSlow(Dataset[Any]):
+    """Numbers; the worker that makes the first is done after the other."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(0.5 if index == 0 else 0.0)
+        return (index,)
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_a_loader_whose_workers_need_no_order_is_given_one(count: int | None) -> None:
+    loader = DataLoader(FirstSlow(), batch_size=4, num_workers=2, in_order=False)
+    steps = samples_of_steps(loader, None if count is None else place(0, count), 3, 1, 0)
+    expected = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] if count is None else [[0, 1], [4, 5], [8]]
+    assert [batch for (batch,) in steps] == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_evaluated_by_ranks_is_counted_in_order(rank: int) -> None:
+    own = dealt(DataLoader(FirstSlow(), batch_size=2, num_workers=2, in_order=False), None, place(rank, 2))
+    assert own is not None
+    counted = [(batch.tolist(), samples) for (batch,), samples in counted_or_not(own, in_step=True)]
+    expected = [([0, 1], 2), ([4, 5], 2), ([8, 9], 2)] if rank == 0 else [([2, 3], 2), ([6, 7], 2), ([6, 7], 0)]
+    assert counted == expected
 
 
 def loader_in_order(size: int, batch_size: int) -> DataLoader[Any]:

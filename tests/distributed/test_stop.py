@@ -65,11 +65,6 @@ def test_a_request_that_comes_with_the_last_step_keeps_nobody_waiting() -> None:
     assert [end[:2] for end in ends] == [(20, None), (20, None)]
 
 
-def test_a_rank_alone_agrees_with_itself() -> None:
-    assert train(10, {0: 4}, 0.0, False) == (4, "rank 0 was told", 1)
-    assert train(10, {}, 0.0, False) == (10, None, 0)
-
-
 def test_a_step_only_compares_two_integers() -> None:
     assert StopAgreement(Progress(), 0, 2).wait_at == sys.maxsize
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from sheer.checkpoint.optimizer import optimizer_state
 from sheer.distributed.tensors import whole
 from tests.faults.killer import PLACES, Kill, Watched
 from tests.faults.warm import Child, fork
-from tests.ranks import free_port
+from tests.ranks import free_port, place_of
 from tests.task import loader, model, step
 
 STEPS = 12
@@ -120,9 +120,7 @@ def start(folder: str, how: How, kills: Sequence[Kill | None]) -> list[Child]:
     """Start the processes of a run, each of which kills itself where its own of `kills` says so."""
     port, ranks = free_port(), []
     for rank, kill in enumerate(kills):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": how.ranks, "LOCAL_WORLD_SIZE": how.ranks}
-        environment = {name: str(value) for name, value in place.items()} if how.ranks > 1 else {}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment = place_of(rank, how.ranks, port) if how.ranks > 1 else {}
         ranks.append(fork(_rank, folder, how, kill, environment=environment))
     return ranks
 
@@ -147,6 +145,12 @@ def end(ranks: Sequence[Child], timeout: float = 120.0, patience: float = 0.1) -
         rank.kill()
         rank.wait(60.0)
     return codes, [rank.returned() or old for rank, old in zip(ranks, returned, strict=True)]
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> tuple[int | None, Any]:
+    """Call a function in a forked process; return its exit code, None where it hung, and what it returned, or its error."""
+    codes, returned = end([fork(function, *arguments)], timeout)
+    return codes[0], returned[0]
 
 
 @dataclass

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def train_on_a_rank(folder: str) -> None:
 @pytest.fixture(scope="module")
 def runs() -> Iterator[Path]:
     """Two runs with three checkpoints each: of one process, and of two ranks of which each has its part of the tensors."""
-    folder = Path(os.path.realpath(__import__("tempfile").mkdtemp(dir=room())))
+    folder = Path(os.path.realpath(tempfile.mkdtemp(dir=room())))
     train(str(folder / "one"))
     run_on_ranks(2, train_on_a_rank, str(folder / "two"))
     yield folder

@@ -1,11 +1,9 @@
 """A run that is killed anywhere, with SIGKILL, goes on and ends as the one that was never killed, bit for bit.
 
-A failure names its seed and each kill; `python -m tests.faults.soak --seed N` does the same again.
+A failure names its seed and each kill. `python -m tests.faults.soak` kills at random, and far more often.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 
@@ -14,13 +12,6 @@ from tests.faults.runs import How, Tally, at_every_label, at_random
 from tests.faults.warm import Warm
 
 pytestmark = pytest.mark.xdist_group("kills")
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    parent = Warm()
-    yield parent
-    parent.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 
 import sheer
 from sheer.checkpoint.optimizer import optimizer_state
-from tests.faults.runs import room, same
-from tests.faults.warm import Warm, fork
+from tests.faults.runs import in_a_process, room, same
+from tests.faults.warm import Warm
 from tests.task import loader, model, step
 from tests.test_resume import Augmented, Stream
 
@@ -210,20 +210,20 @@ def compare(name: str) -> list[str]:
         import torchmetrics  # noqa: F401  here, once: it takes seconds
     with tempfile.TemporaryDirectory(dir=room()) as folder:
         os.chdir(folder)
-        code, whole = _run("whole", name, None, None)
+        code, whole = in_a_process(train, "whole", name, None, None)
         if code or isinstance(whole, str):
             return [f"not stopped at all: {code} {whole}"]
         for number in (signal.SIGTERM, signal.SIGKILL):
             for moment in MOMENTS:
                 at, what = moment(FEATURES[name]), f"{number.name} in {moment.__name__}"
-                code, told = _run(number.name, name, moment, number)
+                code, told = in_a_process(train, number.name, name, moment, number)
                 if code != (85 if number == signal.SIGTERM else -signal.SIGKILL):
                     wrong.append(f"{what}: it ended with {code}: {told if isinstance(told, str) else 'by itself'}")
                 if number == signal.SIGTERM:
                     saved = Path(number.name, "checkpoints", "last").readlink().name
                     if saved[:13] != f"step-{at:08d}":  # or step-...-2, behind a validation of the same step
                         wrong.append(f"{what}: {saved} was saved")
-            code, left = _run(number.name, name, None, None)
+            code, left = in_a_process(train, number.name, name, None, None)
             try:
                 assert code == 0, f"{code}: {left}"
                 same(left, whole)
@@ -231,24 +231,6 @@ def compare(name: str) -> list[str]:
                 wrong.append(f"{number.name}: {error}")
         os.chdir("/")
     return wrong
-
-
-def _run(folder: str, name: str, moment: Moment | None, number: int | None) -> tuple[int | None, Any]:
-    child = fork(train, folder, name, moment, number)
-    returned = None
-    for _ in range(6000):
-        if child.wait(0.01) is not None:
-            break
-        returned = child.returned() or returned
-    child.kill()  # it hangs
-    return child.wait(60.0), child.returned() or returned
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    parent = Warm()
-    yield parent
-    parent.close()
 
 
 @pytest.mark.parametrize("name", FEATURES)

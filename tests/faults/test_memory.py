@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import pytest
 from torch.optim import AdamW
 
 import sheer
-from tests.faults.runs import room
-from tests.faults.warm import Warm, fork
+from tests.faults.runs import in_a_process, room
+from tests.faults.warm import Warm
 from tests.task import loader, loss_step, model
 
 pytestmark = pytest.mark.xdist_group("kills")
@@ -43,24 +42,17 @@ def save_often() -> tuple[int, dict[int, int]]:
     return resident.saves, resident.sizes
 
 
-def in_a_process() -> Any:
+def save_in_a_process() -> Any:
     with tempfile.TemporaryDirectory(dir=room()) as folder:
         os.chdir(folder)
-        child = fork(save_often)
-        assert child.wait(300.0) == 0, child.returned()
+        code, returned = in_a_process(save_often, timeout=300.0)
+        assert code == 0, returned
         os.chdir("/")
-        return child.returned()
-
-
-@pytest.fixture
-def warm() -> Iterator[Warm]:
-    parent = Warm()
-    yield parent
-    parent.close()
+        return returned
 
 
 def test_resident_memory_after_save_1000_is_that_after_save_50(warm: Warm) -> None:
-    saves, sizes = warm.call(in_a_process)
+    saves, sizes = warm.call(save_in_a_process)
     assert saves == 1000
     assert sizes[1000] - sizes[50] <= 16 * 2**20, sizes
     print(f"resident after save 50: {sizes[50] / 2**20:.1f} MiB; after save 1,000: {sizes[1000] / 2**20:.1f} MiB")

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,6 @@ from tests.task import assert_same, loader, model, step, trainer
 
 pytestmark = pytest.mark.xdist_group("kills")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    parent = Warm()
-    yield parent
-    parent.close()
 
 
 def stop_again_and_again(how: How, seed: int, stops: int) -> tuple[int, Tally]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import nn
 import sheer
 import sheer.loop
 from tests.faults.killer import PLACES, Kill, Watched, die
-from tests.faults.runs import room, same
-from tests.faults.warm import Warm, fork
+from tests.faults.runs import in_a_process, room, same
+from tests.faults.warm import Warm
 from tests.rollback import Step, run
 from tests.task import loader
 
@@ -71,20 +70,12 @@ def train(
     return left, watched.seen
 
 
-def in_a_process(folder: str, kill: Kill | None = None, dies: tuple[int, int] | None = None) -> tuple[int | None, Any]:
-    child = fork(train, folder, kill, dies)
-    returned = None
-    while child.wait(0.01) is None:
-        returned = child.returned() or returned
-    return child.code, child.returned() or returned
-
-
 def compare() -> list[str]:
     """Kill at calls behind each time that the run goes back, and in steps around them; return what was wrong."""
     wrong = []
     with tempfile.TemporaryDirectory(dir=room()) as folder:
         os.chdir(folder)
-        code, told = in_a_process("whole")
+        code, told = in_a_process(train, "whole")
         if code != 0:
             return [f"not killed at all: {code} {told}"]
         whole, calls = told
@@ -101,10 +92,10 @@ def compare() -> list[str]:
         for number, at in enumerate(backs):  # the save that follows makes some 20 calls
             kills += [(Kill("", PLACES[(number + ahead) % 3], at + ahead), None) for ahead in range(number, 24, 6)]
         for number, (kill, dies) in enumerate(kills):
-            code, _ = in_a_process(f"run-{number}", kill, dies)
+            code, _ = in_a_process(train, f"run-{number}", kill, dies)
             if code != -signal.SIGKILL:
                 wrong.append(f"{kill or dies}: it ended with {code}")
-            code, left = in_a_process(f"run-{number}")
+            code, left = in_a_process(train, f"run-{number}")
             try:
                 assert code == 0, f"{code}: {left}"
                 same(left[0], whole)
@@ -112,13 +103,6 @@ def compare() -> list[str]:
                 wrong.append(f"{kill or dies}: {error}; {Path('stderr.txt').read_text()[-500:]}")
         os.chdir("/")
     return wrong
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    parent = Warm()
-    yield parent
-    parent.close()
 
 
 def test_a_run_that_goes_back_is_killed_around_it(warm: Warm) -> None:
