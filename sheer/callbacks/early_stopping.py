@@ -74,9 +74,8 @@ class EarlyStopping:
             self._best, self._best_step, self._waited = self._sign * value, step, 0
             return None
         self._waited += 1
-        if self._waited < self.patience:
-            return None
-        return f"EarlyStopping: {self.follows} has not improved on {self._sign * self._best:.6g}, of step {self._best_step:,}, in {self._waited} validations"
+        why = f"{self.follows} has not improved on {self._sign * self._best:.6g}, of step {self._best_step:,}, in {self._waited} validations"
+        return f"EarlyStopping: {why}" if self._waited >= self.patience else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value so far and what came after it."""

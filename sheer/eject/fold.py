@@ -281,10 +281,6 @@ class _Folder(ast.NodeTransformer):
         self.generic_visit(node)
         return ast.List(self._spread(node.elts), node.ctx)
 
-    def visit_Set(self, node: ast.Set) -> ast.expr:
-        self.generic_visit(node)
-        return ast.Set(self._spread(node.elts))
-
     def _spread(self, given: list[ast.expr]) -> list[ast.expr]:
         """Return the items of a display, those of displays in it among them."""
         items: list[ast.expr] = []

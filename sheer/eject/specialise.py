@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sheer.eject.blocks import inline_blocks
 from sheer.eject.bundle import bundle
-from sheer.eject.constants import bind_methods, call_for_nothing, drop_idle_methods, fold_attributes, pass_fields
+from sheer.eject.constants import bind_methods, drop_idle_methods, fold_attributes, pass_fields
 from sheer.eject.drop import Needless, drop
 from sheer.eject.fold import Known
 from sheer.eject.inline import inline_expressions, inline_procedures
@@ -24,15 +24,8 @@ from sheer.eject.propagate import (
 from sheer.eject.records import explode
 from sheer.eject.tidy import (
     drop_constants,
-    make_flags,
-    merge_tests,
-    merge_zeros,
-    part_long_returns,
-    pass_by_the_same_name,
-    pass_directly,
     pass_in_order,
     tidy_names,
-    use_directly,
     use_numbered_directly,
 )
 from sheer.eject.trim import trim_classes, trim_locals, trim_results
@@ -72,17 +65,11 @@ def specialise(
         program.collect()
     _settle(program, known, records, needless, kept)
     _settle(program, known, records, needless, kept, looped=True)
-    make_flags(program)
-    pass_directly(program)
     use_numbered_directly(program)
     use_numbered_directly(program)
     fold_all(program, known)
-    merge_zeros(program)
-    merge_tests(program)
     tidy_names(program)
-    pass_by_the_same_name(program)
     tidy_names(program)
-    part_long_returns(program)
     bundle(program, root)
     pass_in_order(program)
 
@@ -107,7 +94,6 @@ def _settle(
         bind_parameters(program, known)
         bind_methods(program, known, kept)
         fold_attributes(program, known, kept)
-        call_for_nothing(program)
         drop_idle_methods(program, kept)
         inline_expressions(program)
         while inline_procedures(program, MOST_INLINED, records, looped) or inline_blocks(program):
@@ -122,7 +108,6 @@ def _settle(
         merge_parameters(program)
         trim_classes(program, kept)
         drop_constants(program)
-        use_directly(program)
         program.collect()
 
 

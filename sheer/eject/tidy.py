@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from sheer.eject.expressions import dotted, is_constant
-from sheer.eject.program import BUILTINS, Program, arguments_of
+from sheer.eject.program import BUILTINS, Program
 from sheer.eject.records import fields_of
 from sheer.eject.scope import assignments, bodies_of, bound_in, parameters, reads, renamed, substituted, walk
 from sheer.eject.source import notes_of, with_notes
@@ -23,70 +23,6 @@ def tidy_names(program: Program) -> None:
                 for parameter in parameters(function):
                     parameter.arg = stem if parameter.arg == name else parameter.arg
                 function.body = renamed(function.body, {name: stem})
-
-
-def use_directly(program: Program) -> None:
-    """Put numbers that are computed once and used once, in the same run of statements, where they are used."""
-    for function in program.functions():
-        for body in bodies_of(function):
-            for index, statement in enumerate(body):
-                if _is_computed_once(statement, function) and _moved(body, index, function):
-                    break
-
-
-def _is_computed_once(statement: ast.stmt, function: ast.FunctionDef) -> bool:
-    """Whether a statement names a number that is made of others, by arithmetic and lengths, and means the same anywhere."""
-    if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
-        return False
-    count = assignments(function.body)
-    for part in walk([statement.value]):
-        known = isinstance(
-            part, (ast.BinOp, ast.UnaryOp, ast.Constant, ast.Subscript, ast.operator, ast.unaryop, ast.expr_context)
-        )
-        length = isinstance(part, ast.Call) and dotted(part.func) == "len"
-        if not (known or length or (isinstance(part, ast.Name) and count[part.id] <= 1)):
-            return False
-    return isinstance(statement.value, (ast.BinOp, ast.Call)) and count[statement.targets[0].id] == 1
-
-
-def _moved(body: list[ast.stmt], index: int, function: ast.FunctionDef) -> bool:
-    statement = body[index]
-    assert isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
-    name = statement.targets[0].id
-    if reads(function.body)[name] != 1:
-        return False
-    for later in range(index + 1, len(body)):
-        target = body[later]
-        simple = isinstance(target, (ast.Assign, ast.Expr, ast.Return, ast.AugAssign))
-        if (
-            simple
-            and not isinstance(getattr(target, "value", None), (ast.List, ast.Tuple))
-            and reads([target])[name]
-            and not any(isinstance(n, (ast.ListComp, ast.DictComp)) for n in walk([target]))
-        ):
-            body[later : later + 1] = substituted([target], {name: statement.value})
-            del body[index]
-            return True
-    return False
-
-
-def pass_directly(program: Program) -> None:
-    """Write a value that the next statement passes on, and nothing else uses, where it is passed."""
-    for function in program.functions():
-        for body in bodies_of(function):
-            for index in range(len(body) - 2, -1, -1):
-                statement, following = body[index], body[index + 1]
-                if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
-                    continue
-                name = statement.targets[0].id
-                call = following.value if isinstance(following, ast.Expr) else None
-                used_once = reads(function.body)[name] == 1 and assignments(function.body)[name] == 1
-                if not used_once or not isinstance(call, ast.Call) or dotted(call.func) is None:
-                    continue
-                places = [i for i, value in enumerate(call.args) if isinstance(value, ast.Name) and value.id == name]
-                if places and all(isinstance(value, ast.Name) for value in call.args[: places[0]]):
-                    call.args[places[0]] = statement.value
-                    del body[index]
 
 
 def use_numbered_directly(program: Program) -> None:
@@ -131,7 +67,7 @@ def _is_short(statement: ast.Assign, following: ast.stmt) -> bool:
     """Whether a value and what is made of it are read as one."""
     targets = following.targets if isinstance(following, ast.Assign) else []
     parts = [statement.value, *targets, getattr(following, "value", None) or statement.value]
-    return sum(len(ast.unparse(part)) for part in parts) < 85 and notes_of(statement).behind is None
+    return sum(len(ast.unparse(part)) for part in parts) < 105 and notes_of(statement).behind is None
 
 
 def _value_of(statement: ast.stmt) -> ast.expr:
@@ -174,76 +110,6 @@ def _evaluated(node: ast.expr) -> Iterator[ast.expr]:
     yield node
 
 
-def _is_plain(statement: ast.Assign) -> bool:
-    return len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name) and is_constant(statement.value)
-
-
-def merge_zeros(program: Program) -> None:
-    """Write `a = b = 0` for two such statements in a row, and `a, b = 0, None`."""
-    for function in program.functions():
-        for body in bodies_of(function):
-            for index in range(len(body) - 2, -1, -1):
-                one, other = body[index], body[index + 1]
-                if not (isinstance(one, ast.Assign) and isinstance(other, ast.Assign)):
-                    continue
-                if is_constant(one.value, 0) and is_constant(other.value, 0):
-                    one.targets += other.targets
-                    del body[index + 1]
-                elif _is_plain(one) and _is_plain(other):
-                    pair = ast.Tuple([one.targets[0], other.targets[0]], ast.Store())
-                    one.targets, one.value = [pair], ast.Tuple([one.value, other.value], ast.Load())
-                    del body[index + 1]
-
-
-def merge_tests(program: Program) -> None:
-    """Write `if a and b` for a test that holds only another."""
-    for function in program.functions():
-        for node in [node for node in walk(function.body) if isinstance(node, ast.If)]:
-            while (
-                len(node.body) == 1 and isinstance(inner := node.body[0], ast.If) and not (inner.orelse or node.orelse)
-            ):
-                if isinstance(inner.test, ast.BoolOp) and isinstance(inner.test.op, ast.Or):
-                    break
-                node.test = ast.BoolOp(ast.And(), [node.test, inner.test])
-                node.body = inner.body
-
-
-def make_flags(program: Program) -> None:
-    """Turn locals that are a string or None, and are only asked whether they are None, into the question itself."""
-    for function in program.functions():
-        given: dict[str, list[ast.Assign]] = {}
-        for node in walk(function.body):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                given.setdefault(node.targets[0].id, []).append(node)
-        for name, assigned in given.items():
-            tests = [n for n in walk(function.body) if isinstance(n, ast.Compare) and _asks(n, name)]
-            if len(assigned) == assignments(function.body)[name] == 1 and len(tests) == reads(function.body)[name]:
-                value = assigned[0].value
-                if isinstance(value, ast.IfExp) and is_constant(value.orelse, None) and is_constant(value.body):
-                    assigned[0].value = value.test
-                    function.body = [_Asked(name).visit(statement) for statement in function.body]
-
-
-def _asks(node: ast.Compare, name: str) -> bool:
-    return (
-        isinstance(node.left, ast.Name)
-        and node.left.id == name
-        and isinstance(node.ops[0], (ast.Is, ast.IsNot))
-        and is_constant(node.comparators[0], None)
-    )
-
-
-class _Asked(ast.NodeTransformer):
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def visit_Compare(self, node: ast.Compare) -> ast.expr:
-        self.generic_visit(node)
-        if not _asks(node, self.name):
-            return node
-        return node.left if isinstance(node.ops[0], ast.IsNot) else ast.UnaryOp(ast.Not(), node.left)
-
-
 def drop_constants(program: Program) -> None:
     """Leave out statements that are only a constant, but for docstrings."""
     for function in program.functions():
@@ -257,36 +123,6 @@ def _is_idle_constant(statement: ast.stmt, may_be_docstring: bool) -> bool:
     if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
         return False
     return not (may_be_docstring and isinstance(statement.value.value, str))
-
-
-def pass_by_the_same_name(program: Program) -> None:
-    """Give a parameter the name of what all calls pass for it, where that is one name and not taken."""
-    for name in list(program.nodes):
-        function = program.function(name)
-        calls = program.calls(name) if function is not None and name not in program.roots else None
-        if function is None or not calls:
-            continue
-        for parameter in parameters(function):
-            passed = {
-                ast.unparse((arguments_of(call, function) or {}).get(parameter.arg) or ast.Constant(0))
-                for call in calls
-            }
-            new = passed.pop() if len(passed) == 1 else ""
-            taken = bound_in(function) | set(reads(function.body)) | set(program.nodes)
-            keywords = {keyword.arg for call in calls for keyword in call.keywords}
-            if new.isidentifier() and new not in taken and new not in BUILTINS and parameter.arg not in keywords:
-                function.body = renamed(function.body, {parameter.arg: new})
-                parameter.arg = new
-
-
-def part_long_returns(program: Program) -> None:
-    """Write `if a: return x` and `return y` for a conditional expression that takes more than a line."""
-    for function in program.functions():
-        for body in bodies_of(function):
-            value = body[-1].value if body and isinstance(body[-1], ast.Return) else None
-            if isinstance(value, ast.IfExp) and len(ast.unparse(value)) > 100:
-                first = with_notes(ast.If(value.test, [ast.Return(value.body)], []), notes_of(body[-1]))
-                body[-1:] = [first, ast.Return(value.orelse)]
 
 
 def pass_in_order(program: Program) -> None:

@@ -37,8 +37,7 @@ def plain_report(result: Any, metrics: Mapping[str, float]) -> None:
 
 def plain_console_log(step: int, metrics: Mapping[str, float]) -> None:
     """Print metrics in a line."""
-    values = " · ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    print(f"step {step:,} · {values}", flush=True)
+    print(f"step {step:,}", *(f"{name} {value:.4g}" for name, value in metrics.items()), sep=" · ", flush=True)
 
 
 def plain_logger_states(run: Run) -> dict[str, Any]:

@@ -8,22 +8,12 @@ import pytest
 
 from sheer.eject.blocks import inline_blocks
 from sheer.eject.bundle import bundle
-from sheer.eject.constants import bind_methods, call_for_nothing, fold_attributes, pass_fields
+from sheer.eject.constants import bind_methods, fold_attributes, pass_fields
 from sheer.eject.drop import Needless, drop
 from sheer.eject.fold import Known
 from sheer.eject.normalise import normalise
 from sheer.eject.propagate import bind_parameters, fold_all, narrow_parameters, type_parameters, unused_parameters
-from sheer.eject.tidy import (
-    make_flags,
-    merge_tests,
-    merge_zeros,
-    part_long_returns,
-    pass_by_the_same_name,
-    pass_directly,
-    pass_in_order,
-    tidy_names,
-    use_directly,
-)
+from sheer.eject.tidy import pass_in_order, tidy_names
 from sheer.eject.trim import trim_results
 from tests.eject.programs import program, same, text_of
 
@@ -199,29 +189,10 @@ def test_a_generator_that_goes_on_behind_its_yield_stays_one(text: str) -> None:
     assert not inline_blocks(made)
 
 
-def test_the_last_touches() -> None:
-    made = program("def main(x):\n    y_2 = f(x)\n    a = 0\n    b = 0\n    return y_2 + a + b", "main")
+def test_names_lose_the_numbers_that_nothing_needs() -> None:
+    made = program("def main(x):\n    y_2 = f(x)\n    x_2 = g(x)\n    return y_2 + x_2 + x", "main")
     tidy_names(made)
-    merge_zeros(made)
-    assert same(made, "def main(x):\n    y = f(x)\n    a = b = 0\n    return y + a + b"), text_of(made)
-    made = program("def main(x):\n    n = 2 * len(x)\n    go(x)\n    f(n)", "main")
-    use_directly(made)
-    assert same(made, "def main(x):\n    go(x)\n    f(2 * len(x))"), text_of(made)
-    made = program("def main(x):\n    v = f(x)\n    go(x, v)", "main")
-    pass_directly(made)
-    assert same(made, "def main(x):\n    go(x, f(x))"), text_of(made)
-    made = program("def main(x):\n    v = f(x)\n    go(g(), v)", "main")  # g comes behind f
-    pass_directly(made)
-    assert "v = f(x)" in text_of(made)
-    made = program(
-        "def main(x):\n    stop = 'end' if x > 3 else None\n    if stop is not None or x:\n        go(stop is None)",
-        "main",
-    )
-    make_flags(made)
-    assert same(made, "def main(x):\n    stop = x > 3\n    if stop or x:\n        go(not stop)"), text_of(made)
-    made = program("def main(rows):\n    f(rows)\n    f(rows)\ndef f(a):\n    go(a)", "main")
-    pass_by_the_same_name(made)
-    assert "def f(rows)" in text_of(made)
+    assert same(made, "def main(x):\n    y = f(x)\n    x_2 = g(x)\n    return y + x_2 + x"), text_of(made)
 
 
 def test_many_values_become_a_record() -> None:
@@ -296,13 +267,6 @@ def test_where_a_call_is_not_known_the_record_stays(main: str) -> None:
     assert text_of(made) == before
 
 
-def test_what_returns_nothing_decides_nothing() -> None:
-    text = f"{BOARD}def main(board: Board, other: Other, x):\n    x = board.told() or x\n    x = other.told() or x\n"
-    made = program(text, "main")
-    call_for_nothing(made)
-    assert "    board.told()\n    x = x\n    x = other.told() or x" in text_of(made)
-
-
 def test_a_parameter_is_of_the_class_that_all_calls_pass() -> None:
     text = f"{BOARD}def go(a: Any, b: Any):\n    return a, b\ndef main(board: Board, other: Other):\n    go(board, board)\n    go(board, other)\n"
     made = program(text, "main")
@@ -346,16 +310,4 @@ def main(board):
     assert inline_blocks(made)
     assert same(
         made, "def main(board):\n    board.start()\n    with closing(board), signals() as given:\n        go(given)"
-    )
-
-
-def test_tests_and_returns() -> None:
-    long = "'a text that is long enough that a conditional expression with it takes more than one line'"
-    text = f"def main(x, y):\n    if x:\n        if y:\n            go()\n    if x:\n        if x or y:\n            go()\n    return None if x < y else {long} + {long}\n"
-    made = program(text, "main")
-    merge_tests(made)
-    part_long_returns(made)
-    assert same(
-        made,
-        f"def main(x, y):\n    if x and y:\n        go()\n    if x:\n        if x or y:\n            go()\n    if x < y:\n        return None\n    return {long} + {long}",
     )
