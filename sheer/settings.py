@@ -423,9 +423,9 @@ def seconds(text: str) -> float:
 
 def overridden(settings: Settings, changes: Mapping[str, str]) -> Settings:
     """Return `settings` with fields replaced by values written as text: {"max_steps": "50", "checkpoint.keep_last": "3"}."""
-    for path, text in changes.items():
-        settings = _replace(settings, path, path.split("."), read_literal(text))
-    return settings
+    read = {path: read_literal(text) for path, text in changes.items()}
+    changed: Settings = _with_fields(settings, "", read)
+    return changed
 
 
 def read_literal(text: str) -> Any:
@@ -441,24 +441,37 @@ def read_literal(text: str) -> Any:
     return int(value) if whole else value
 
 
-def _replace(settings: Any, path: str, names: list[str], value: Any) -> Any:
-    name, *rest = names
-    known = [field.name for field in dataclasses.fields(settings)]
-    if name not in known:
-        raise unknown_name(path, known, "Settings")
-    if name == "max_time" and isinstance(value, str):
-        value = seconds(value)
-    if name == "checkpoint" and not rest and isinstance(value, bool):
-        value = Checkpoint() if value else None
-    if name in ("shard_modules", "pp_split", "cp_buffers") and isinstance(value, str):
-        value = tuple(value.split(","))
-    if rest:
-        inner = getattr(settings, name)
+def _with_fields(record: Any, above: str, given: Mapping[str, Any]) -> Any:
+    """Replace fields of a record, and of records in it, all at once: what goes together may come in any order."""
+    known = [field.name for field in dataclasses.fields(record)]
+    new: dict[str, Any] = {}
+    inside: dict[str, dict[str, Any]] = {}
+    for path, value in given.items():
+        name, _, rest = path.partition(".")
+        if name not in known:
+            raise unknown_name(above + path, known, "Settings")
+        if rest:
+            inside.setdefault(name, {})[rest] = value
+        else:
+            new[name] = _as_field(name, value)
+    for name, parts in inside.items():
+        inner = new.get(name, getattr(record, name))
         if inner is None and name == "checkpoint":
             inner = Checkpoint()
         if name == "parallel" and isinstance(inner, str):
             inner = Parallel()
         if not dataclasses.is_dataclass(inner):
-            raise SettingsError(f"{name} has no parts, so {path} cannot be set; set {name}.")
-        value = _replace(inner, path, rest, value)
-    return dataclasses.replace(settings, **{name: value})
+            raise SettingsError(f"{name} has no parts, so {name}.{next(iter(parts))} cannot be set; set {name}.")
+        new[name] = _with_fields(inner, f"{above}{name}.", parts)
+    return dataclasses.replace(record, **new)
+
+
+def _as_field(name: str, value: Any) -> Any:
+    """Return what a value that was read from text means for a field."""
+    if name == "max_time" and isinstance(value, str):
+        return seconds(value)
+    if name == "checkpoint" and isinstance(value, bool):
+        return Checkpoint() if value else None
+    if name in ("shard_modules", "pp_split", "cp_buffers") and isinstance(value, str):
+        return tuple(value.split(","))
+    return value

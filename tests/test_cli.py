@@ -81,5 +81,15 @@ def test_values_are_read_as_a_shell_writes_them(assignment: str, name: str, valu
     assert read == value and type(read) is type(value)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_settings_that_go_together_may_be_set_in_any_order(first: int) -> None:
+    given = [("resume", "auto"), ("run_dir", "runs/a")]
+    changes = dict([given[first], given[1 - first], ("checkpoint.keep_last", "3"), ("checkpoint.every_n_steps", "7")])
+    changed = overridden(Settings(), changes)
+    assert (changed.resume, changed.run_dir) == ("auto", "runs/a")
+    assert changed.checkpoint is not None
+    assert (changed.checkpoint.keep_last, changed.checkpoint.every_n_steps) == (3, 7)
+
+
 def test_a_duration_can_be_set_as_a_clock() -> None:
     assert read_changes(["max_time=00:10:00"]) == {"max_time": "00:10:00"}

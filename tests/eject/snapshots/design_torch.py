@@ -60,9 +60,8 @@ class EarlyStopping:
             self._best, self._best_step, self._waited = -1.0 * value, step, 0
             return None
         self._waited += 1
-        if self._waited < self.patience:
-            return None
-        return f"EarlyStopping: {MONITOR} has not improved on {-1.0 * self._best:.6g}, of step {self._best_step:,}, in {self._waited} validations"
+        why = f"{MONITOR} has not improved on {-1.0 * self._best:.6g}, of step {self._best_step:,}, in {self._waited} validations"
+        return f"EarlyStopping: {why}" if self._waited >= self.patience else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value so far and what came after it."""
@@ -121,7 +120,8 @@ class Data:
                     yield [tensor.to(self.device, non_blocking=True) for tensor in batch], index == len(self.loader)
                 elif restore_random is not None and index == start:
                     restore_random()
-            start, restore_random = 0, None
+            start = 0
+            restore_random = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
@@ -229,8 +229,6 @@ class Run:
     run_dir: Path
     tensor_board: TensorBoard
     run_id: str
-    steps: int | None
-    train: Data
     progress: Progress = field(default_factory=Progress)
     metrics: Metrics = field(default_factory=Metrics)
     watch: list[tuple[int, str, Tensor]] = field(default_factory=list)
@@ -262,15 +260,13 @@ def names_of(optimizer: Optimizer, model: nn.Module) -> list[str]:
     return [known.get(id(parameter), f"#{index}") for index, parameter in enumerate(parameters)]
 
 
-def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
+def restore(run: Run, path: Path) -> dict[str, Any]:
     """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers."""
-    weights, trained = (
-        next(map(load_file, checkpoint.glob(f"{group}.safetensors")), {}) for group in ("model", "training")
-    )
-    read = json.loads((checkpoint / "state.json").read_text())
+    weights, trained = (next(map(load_file, path.glob(f"{group}.safetensors")), {}) for group in ("model", "training"))
+    read = json.loads((path / "state.json").read_text())
     if read["progress"].get("owes_validation"):
-        raise RuntimeError(f"{checkpoint} was saved in a validation, which only Sheer goes on with.")
-    tensors = {**load_file(checkpoint / "optimizer.safetensors"), **load_file(checkpoint / "state.safetensors")}
+        raise RuntimeError(f"{path} was saved in a validation, which only Sheer goes on with.")
+    tensors = {**load_file(path / "optimizer.safetensors"), **load_file(path / "state.safetensors")}
     state = decode(read, tensors)
     run.model.load_state_dict(trained or weights)
     run.progress.load_state_dict(state["progress"])
@@ -337,12 +333,12 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
 
-def check(watch: list[tuple[int, str, Tensor]]) -> None:
+def check(watched: list[tuple[int, str, Tensor]]) -> None:
     """Raise an error that names the first value since the last check that was NaN or infinite."""
-    for at, what, scalar in watch:
+    for at, what, scalar in watched:
         if not scalar.isfinite():
             raise FloatingPointError(f"The {what} became NaN or infinite at step {at}.")
-    watch.clear()
+    watched.clear()
 
 
 def report(tensor_board: TensorBoard, run_dir: Path, progress: Progress, measured: dict[str, float]) -> None:
@@ -351,8 +347,9 @@ def report(tensor_board: TensorBoard, run_dir: Path, progress: Progress, measure
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": progress.step, "time": round(time.time(), 3), **record}) + "\n")
     tensor_board.log(progress.step, record)
-    values = " · ".join(f"{name} {value:.4g}" for name, value in measured.items())
-    print(f"step {progress.step:,} · {values}", flush=True)
+    print(
+        f"step {progress.step:,}", *(f"{name} {value:.4g}" for name, value in measured.items()), sep=" · ", flush=True
+    )
 
 
 def log_training(run: Run) -> None:
@@ -418,8 +415,7 @@ def random_state() -> dict[str, Any]:
     accelerator = torch.get_device_module().get_rng_state_all() if torch.accelerator.is_available() else None
     python = random.getstate()
     numpy = np.random.get_state(legacy=True)
-    default = torch.get_rng_state()
-    return {"python": python, "numpy": numpy, "torch": default, "accelerator": accelerator}
+    return {"python": python, "numpy": numpy, "torch": torch.get_rng_state(), "accelerator": accelerator}
 
 
 def sync(path: Path) -> None:
@@ -437,11 +433,8 @@ def write(
     path = folder / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
     path.mkdir(parents=True)
     for name in sorted(groups):
-        save_file(
-            {key: value.cpu().clone().contiguous() for key, value in groups[name].items()},
-            path / f"{name}.safetensors",
-            {"format": "pt"},
-        )
+        tensors = {key: value.cpu().clone().contiguous() for key, value in groups[name].items()}  # none shares memory
+        save_file(tensors, path / f"{name}.safetensors", {"format": "pt"})
     (path / "state.json").write_text(json.dumps(state))
     files = {}
     for file in sorted(path.iterdir()):
@@ -474,7 +467,7 @@ def prune(directory: Path, step: int) -> None:
         shutil.rmtree(path)
 
 
-def save(run: Run) -> None:
+def save(run: Run, scheduled_steps: int | None, data: Data) -> None:
     """Write a checkpoint of the run as it is at the end of a step, and delete those that it makes superfluous."""
     check(run.watch)
     for weight, parameter in run.model.named_parameters():
@@ -494,10 +487,10 @@ def save(run: Run) -> None:
     state = encode(
         {
             "random": random_state(),
-            "data": run.train.state_dict(),
+            "data": data.state_dict(),
             "metrics": run.metrics.state_dict(),
             "progress": {**asdict(run.progress), "seconds": run.progress.seconds + time.monotonic() - run.began},
-            "scheduled_steps": run.steps,
+            "scheduled_steps": scheduled_steps,
             "schedulers": {"optimizer": run.scheduler.state_dict()},
             "scheduler_classes": {"optimizer": type(run.scheduler).__name__},
             "scaler": None,
@@ -538,7 +531,7 @@ def fit(
     checkpoint = newest_good(run_dir / "checkpoints")
     manifest = json.loads((checkpoint / "manifest.json").read_text()) if checkpoint is not None else None
     run_id = manifest["run_id"] if manifest is not None else secrets.token_hex(4)
-    run = Run(model, optimizer, scheduler, early_stopping, run_dir, tensor_board, run_id, steps, train)
+    run = Run(model, optimizer, scheduler, early_stopping, run_dir, tensor_board, run_id)
     parameters = list(model.parameters())
     start_step = manifest["step"] if manifest is not None else 0
     state = restore(run, checkpoint) if checkpoint is not None else None
@@ -552,13 +545,14 @@ def fit(
     tensor_board.start(run_dir, start_step)
     with closing(tensor_board), StopSignals() as signals:
         for batch, at_end in train.epochs(run.progress.epoch, run.progress.batch, restore_random):
+            samples = len(batch[0])
             run.progress.step += 1
             with autocast:
                 output = step_function(model, batch)
             loss = output["loss"]
             loss.backward()
             run.watch.append((run.progress.step, "loss", loss.detach().clone()))
-            run.metrics.add(output, len(batch[0]))
+            run.metrics.add(output, samples)
 
             norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
             clip_grads_with_norm_(parameters, GRADIENT_CLIP_VAL, norm)
@@ -588,11 +582,12 @@ def fit(
                 run.progress.stopped_by = stop
                 break
             if run.progress.step % CHECKPOINT_EVERY_N_STEPS == 0 or is_among_best(run_dir, run.progress):
-                save(run)
+                save(run, steps, train)
         goes_on = (run.progress.stopped_by or "").startswith("SIG")
-        if not goes_on and run.metrics:
-            log_training(run)
-        save(run)
+        if not goes_on:
+            if run.metrics:
+                log_training(run)
+        save(run, steps, train)
     if signals.received is not None:
         raise SystemExit(EXIT_STATUS)
     return result_of(run_dir, run.progress)

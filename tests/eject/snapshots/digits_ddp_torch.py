@@ -111,22 +111,19 @@ def share(size: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 def shared_epochs(
-    train_loader: Any, device: torch.device, rank: int, world_size: int
+    loader: Any, device: torch.device, rank: int, world_size: int
 ) -> Iterator[tuple[Any, int, int, bool]]:
     """Yield this rank's part of each batch, its samples, those of the whole batch, and whether that ends its epoch."""
     seed = from_rank_zero(torch.initial_seed())
     for epoch in itertools.count():
         mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-        train_loader.sampler.generator = torch.Generator().manual_seed(mixed)
-        batches = list(train_loader.batch_sampler)
-        train_loader.sampler.generator = None
+        loader.sampler.generator = torch.Generator().manual_seed(mixed)
+        batches = list(loader.batch_sampler)
+        loader.sampler.generator = None
         shares = [share(len(batch), rank, world_size) for batch in batches]
         own = [batch[start : start + size] or batch[:1] for batch, (start, size) in zip(batches, shares, strict=True)]
         shared = DataLoader(
-            train_loader.dataset,
-            batch_sampler=own,
-            collate_fn=train_loader.collate_fn,
-            pin_memory=train_loader.pin_memory,
+            loader.dataset, batch_sampler=own, collate_fn=loader.collate_fn, pin_memory=loader.pin_memory
         )
         for number, part in enumerate(shared):
             yield (
@@ -144,22 +141,13 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def check_on_ranks(watch: list[tuple[int, str, Tensor]]) -> None:
+def check_on_ranks(watched: list[tuple[int, str, Tensor]]) -> None:
     """Raise an error that names the first value since the last check that was NaN or infinite, on any rank."""
-    own = [(at, what) for at, what, scalar in watch if not scalar.isfinite()]
+    own = [(at, what) for at, what, scalar in watched if not scalar.isfinite()]
     bad = [each for found in gathered(own) for each in found]
-    watch.clear()
+    watched.clear()
     if bad:
         raise FloatingPointError(f"The {min(bad)[1]} became NaN or infinite at step {min(bad)[0]}.")
-
-
-def rank_zero_report(rank: int, directory: Path, step: int, epoch: int, metrics: dict[str, float]) -> None:
-    """Hand metrics to the loggers and the console, on rank 0."""
-    if rank == 0:
-        with (directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), "epoch": epoch, **metrics}) + "\n")
-        values = " · ".join(f"{name} {value:.4g}" for name, value in {"epoch": epoch, **metrics}.items())
-        print(f"step {step:,} · {values}", flush=True)
 
 
 def read_on_ranks(metrics: Metrics) -> dict[str, float]:
@@ -178,10 +166,23 @@ def read_on_ranks(metrics: Metrics) -> dict[str, float]:
     return {name: total / (weight or math.nan) for name, (total, weight) in sums.items()}
 
 
+def rank_zero_report(rank: int, run_dir: Path, step: int, epoch: int, metrics: dict[str, float]) -> None:
+    """Hand metrics to the loggers and the console, on rank 0."""
+    if rank == 0:
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), "epoch": epoch, **metrics}) + "\n")
+        print(
+            f"step {step:,}",
+            *(f"{name} {value:.4g}" for name, value in {"epoch": epoch, **metrics}.items()),
+            sep=" · ",
+            flush=True,
+        )
+
+
 def evaluate(
     model: nn.Module,
     step_function: Any,
-    val_loader: Any,
+    loaders: Any,
     device: torch.device,
     autocast: torch.autocast,
     rank: int,
@@ -191,14 +192,14 @@ def evaluate(
     training = [module for module in model.modules() if module.training]
     model.eval()
     metrics = Metrics()
-    batches = list(val_loader.batch_sampler)
+    batches = list(loaders.batch_sampler)
     own = batches[rank::world_size]
     dealt_out = DataLoader(
-        val_loader.dataset,
+        loaders.dataset,
         batch_sampler=own or batches[:1],
-        num_workers=val_loader.num_workers,
-        collate_fn=val_loader.collate_fn,
-        pin_memory=val_loader.pin_memory,
+        num_workers=loaders.num_workers,
+        collate_fn=loaders.collate_fn,
+        pin_memory=loaders.pin_memory,
     )
     for number, batch in enumerate(dealt_out):
         samples = len(own[number]) if own else 0
@@ -230,7 +231,8 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
     differ_in_random_numbers(rank)
     directory = from_rank_zero(Path() if rank > 0 else folder(Path(RUN_DIR)))
     parameters = list(model.parameters())
-    step = epoch = 0
+    step = 0
+    epoch = 0
     metrics = Metrics()
     watch: list[tuple[int, str, Tensor]] = []
 
@@ -256,22 +258,16 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
         optimizer.zero_grad()
         if at_end:
             epoch += 1
-        stop = epoch >= MAX_EPOCHS
+        stop = "max_epochs" if epoch >= MAX_EPOCHS else None
 
-        if stop or step % LOG_EVERY_N_STEPS == 0:
+        if stop is not None or step % LOG_EVERY_N_STEPS == 0:
             check_on_ranks(watch)
-            rank_zero_report(
-                rank, directory, step, epoch, {f"train/{name}": value for name, value in read_on_ranks(metrics).items()}
-            )
-        if stop or at_end:
-            rank_zero_report(
-                rank,
-                directory,
-                step,
-                epoch,
-                evaluate(model, step_function, val_loader, device, autocast, rank, world_size),
-            )
-        if stop:
+            logged = {f"train/{name}": value for name, value in read_on_ranks(metrics).items()}
+            rank_zero_report(rank, directory, step, epoch, logged)
+        if stop is not None or at_end:
+            measured = evaluate(model, step_function, val_loader, device, autocast, rank, world_size)
+            rank_zero_report(rank, directory, step, epoch, measured)
+        if stop is not None:
             break
 
 

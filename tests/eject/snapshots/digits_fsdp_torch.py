@@ -90,7 +90,6 @@ class Run:
 
     model: nn.Module
     step_function: Any
-    val_loader: Any
     autocast: torch.autocast
     rank: int
     world_size: int
@@ -154,22 +153,19 @@ def share(size: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 def shared_epochs(
-    train_loader: Any, device: torch.device, rank: int, world_size: int
+    loader: Any, device: torch.device, rank: int, world_size: int
 ) -> Iterator[tuple[Any, int, int, bool]]:
     """Yield this rank's part of each batch, its samples, those of the whole batch, and whether that ends its epoch."""
     seed = from_rank_zero(torch.initial_seed())
     for epoch in itertools.count():
         mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-        train_loader.sampler.generator = torch.Generator().manual_seed(mixed)
-        batches = list(train_loader.batch_sampler)
-        train_loader.sampler.generator = None
+        loader.sampler.generator = torch.Generator().manual_seed(mixed)
+        batches = list(loader.batch_sampler)
+        loader.sampler.generator = None
         shares = [share(len(batch), rank, world_size) for batch in batches]
         own = [batch[start : start + size] or batch[:1] for batch, (start, size) in zip(batches, shares, strict=True)]
         shared = DataLoader(
-            train_loader.dataset,
-            batch_sampler=own,
-            collate_fn=train_loader.collate_fn,
-            pin_memory=train_loader.pin_memory,
+            loader.dataset, batch_sampler=own, collate_fn=loader.collate_fn, pin_memory=loader.pin_memory
         )
         for number, part in enumerate(shared):
             yield (
@@ -187,22 +183,13 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def check_on_ranks(watch: list[tuple[int, str, Tensor]]) -> None:
+def check_on_ranks(watched: list[tuple[int, str, Tensor]]) -> None:
     """Raise an error that names the first value since the last check that was NaN or infinite, on any rank."""
-    own = [(at, what) for at, what, scalar in watch if not scalar.isfinite()]
+    own = [(at, what) for at, what, scalar in watched if not scalar.isfinite()]
     bad = [each for found in gathered(own) for each in found]
-    watch.clear()
+    watched.clear()
     if bad:
         raise FloatingPointError(f"The {min(bad)[1]} became NaN or infinite at step {min(bad)[0]}.")
-
-
-def rank_zero_report(rank: int, directory: Path, step: int, epoch: int, metrics: dict[str, float]) -> None:
-    """Hand metrics to the loggers and the console, on rank 0."""
-    if rank == 0:
-        with (directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), "epoch": epoch, **metrics}) + "\n")
-        values = " · ".join(f"{name} {value:.4g}" for name, value in {"epoch": epoch, **metrics}.items())
-        print(f"step {step:,} · {values}", flush=True)
 
 
 def read_on_ranks(metrics: Metrics) -> dict[str, float]:
@@ -221,16 +208,29 @@ def read_on_ranks(metrics: Metrics) -> dict[str, float]:
     return {name: total / (weight or math.nan) for name, (total, weight) in sums.items()}
 
 
-def dealt(val_loader: Any, rank: int, world_size: int) -> Iterator[tuple[Any, int]]:
+def rank_zero_report(rank: int, run_dir: Path, step: int, epoch: int, metrics: dict[str, float]) -> None:
+    """Hand metrics to the loggers and the console, on rank 0."""
+    if rank == 0:
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), "epoch": epoch, **metrics}) + "\n")
+        print(
+            f"step {step:,}",
+            *(f"{name} {value:.4g}" for name, value in {"epoch": epoch, **metrics}.items()),
+            sep=" · ",
+            flush=True,
+        )
+
+
+def dealt(loader: Any, rank: int, world_size: int) -> Iterator[tuple[Any, int]]:
     """Yield this rank's batches of a loader, which are dealt out in turn, each with its samples."""
-    batches = list(val_loader.batch_sampler)
+    batches = list(loader.batch_sampler)
     own = batches[rank::world_size]
     dealt_out = DataLoader(
-        val_loader.dataset,
+        loader.dataset,
         batch_sampler=own or batches[:1],
-        num_workers=val_loader.num_workers,
-        collate_fn=val_loader.collate_fn,
-        pin_memory=val_loader.pin_memory,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
     )
     for number, part in enumerate(dealt_out):
         yield part, len(own[number]) if own else 0
@@ -238,12 +238,12 @@ def dealt(val_loader: Any, rank: int, world_size: int) -> Iterator[tuple[Any, in
         yield part, 0
 
 
-def evaluate(run: Run, device: torch.device) -> dict[str, float]:
+def evaluate(run: Run, loaders: Any, device: torch.device) -> dict[str, float]:
     """Return the weighted means of what the step returns, over all batches."""
     training = [module_2 for module_2 in run.model.modules() if module_2.training]
     run.model.eval()
     metrics = Metrics()
-    for batch, samples in dealt(run.val_loader, run.rank, run.world_size):
+    for batch, samples in dealt(loaders, run.rank, run.world_size):
         batch = [tensor.to(device, non_blocking=True) for tensor in batch]
         with torch.no_grad(), run.autocast:
             output = run.stepper(run.step_function, batch)
@@ -267,8 +267,7 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
     autocast = torch.autocast(device.type, dtype=torch.bfloat16)
     rank = dist.get_rank()
     world_size = dist.get_world_size()
-    sizes = (dist.get_world_size(),)
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_shard",))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
     named_before = {id(parameter): name for name, parameter in model.named_parameters()}
     stepper = shard(
         model,
@@ -276,14 +275,15 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
         mesh,
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False),
     )
-    run = Run(model, step_function, val_loader, autocast, rank, world_size, stepper)
+    run = Run(model, step_function, autocast, rank, world_size, stepper)
     now = dict(model.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [now[named_before[id(parameter_3)]] for parameter_3 in group["params"]]
     differ_in_random_numbers(rank)
     directory = from_rank_zero(Path() if rank > 0 else folder(Path(RUN_DIR)))
     parameters = list(model.parameters())
-    step = epoch = 0
+    step = 0
+    epoch = 0
     metrics = Metrics()
     watch: list[tuple[int, str, Tensor]] = []
 
@@ -311,20 +311,16 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
         optimizer.zero_grad()
         if at_end:
             epoch += 1
-        stop = epoch >= MAX_EPOCHS
+        stop = "max_epochs" if epoch >= MAX_EPOCHS else None
 
-        if stop or step % LOG_EVERY_N_STEPS == 0:
+        if stop is not None or step % LOG_EVERY_N_STEPS == 0:
             check_on_ranks(watch)
-            rank_zero_report(
-                rank,
-                directory,
-                step,
-                epoch,
-                {f"train/{name_2}": value for name_2, value in read_on_ranks(metrics).items()},
-            )
-        if stop or at_end:
-            rank_zero_report(rank, directory, step, epoch, evaluate(run, device))
-        if stop:
+            logged = {f"train/{name_2}": value for name_2, value in read_on_ranks(metrics).items()}
+            rank_zero_report(rank, directory, step, epoch, logged)
+        if stop is not None or at_end:
+            measured = evaluate(run, val_loader, device)
+            rank_zero_report(rank, directory, step, epoch, measured)
+        if stop is not None:
             break
 
 

@@ -48,33 +48,32 @@ class Metrics:
         }
 
 
-def epochs(train_loader: Any, device: torch.device) -> Iterator[tuple[Any, bool]]:
+def epochs(loader: Any, device: torch.device) -> Iterator[tuple[Any, bool]]:
     """Yield batches, and whether each ends its epoch, whose order depends on the seed and its number alone."""
     seed = torch.initial_seed()
     for epoch in itertools.count():
         mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-        train_loader.sampler.generator = torch.Generator().manual_seed(mixed)
-        for number, batch in enumerate(train_loader, 1):
-            train_loader.sampler.generator = None  # the epoch's order is drawn
-            yield [tensor.to(device, non_blocking=True) for tensor in batch], number == len(train_loader)
+        loader.sampler.generator = torch.Generator().manual_seed(mixed)
+        for number, batch in enumerate(loader, 1):
+            loader.sampler.generator = None  # the epoch's order is drawn
+            yield [tensor.to(device, non_blocking=True) for tensor in batch], number == len(loader)
 
 
 def report(run_dir: Path, step: int, epoch: int, measured: dict[str, float]) -> None:
     """Hand metrics to the loggers and the console."""
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "time": round(time.time(), 3), "epoch": epoch, **measured}) + "\n")
-    values = " · ".join(f"{name} {value:.4g}" for name, value in measured.items())
-    print(f"step {step:,} · {values}", flush=True)
+    print(f"step {step:,}", *(f"{name} {value:.4g}" for name, value in measured.items()), sep=" · ", flush=True)
 
 
 def evaluate(
-    model: nn.Module, step_function: Any, val_loader: Any, device: torch.device, autocast: torch.autocast
+    model: nn.Module, step_function: Any, loaders: Any, device: torch.device, autocast: torch.autocast
 ) -> dict[str, float]:
     """Return the weighted means of what the step returns, over all batches."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     metrics = Metrics()
-    for batch in val_loader:
+    for batch in loaders:
         samples = len(batch[0])
         batch = [tensor.to(device, non_blocking=True) for tensor in batch]
         with torch.no_grad(), autocast:
@@ -94,18 +93,20 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
     run_dir = Path(RUN_DIR)
     run_dir.mkdir(parents=True, exist_ok=False)
     parameters = list(model.parameters())
-    step = epoch = 0
+    step = 0
+    epoch = 0
     metrics = Metrics()
     watch: list[tuple[int, str, Tensor]] = []
 
     for batch, at_end in epochs(train_loader, device):
+        samples = len(batch[0])
         step += 1
         with autocast:
             output = step_function(model, batch)
         loss = output["loss"]
         loss.backward()
         watch.append((step, "loss", loss.detach().clone()))
-        metrics.add(output, len(batch[0]))
+        metrics.add(output, samples)
 
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         clip_grads_with_norm_(parameters, GRADIENT_CLIP_VAL, norm)
@@ -115,17 +116,17 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
         optimizer.zero_grad()
         if at_end:
             epoch += 1
-        stop = epoch >= MAX_EPOCHS
+        stop = "max_epochs" if epoch >= MAX_EPOCHS else None
 
-        if stop or step % LOG_EVERY_N_STEPS == 0:
+        if stop is not None or step % LOG_EVERY_N_STEPS == 0:
             for at, what, scalar in watch:
                 if not scalar.isfinite():
                     raise FloatingPointError(f"The {what} became NaN or infinite at step {at}.")
             watch.clear()
             report(run_dir, step, epoch, {f"train/{name}": value for name, value in metrics.read().items()})
-        if stop or at_end:
+        if stop is not None or at_end:
             report(run_dir, step, epoch, evaluate(model, step_function, val_loader, device, autocast))
-        if stop:
+        if stop is not None:
             break
 
 

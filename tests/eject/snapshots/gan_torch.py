@@ -106,12 +106,12 @@ class RunInfo:
     steps_per_epoch: int | None
 
 
-def _rebuilt(value: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+def _rebuilt(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     """Return a mapping of the same class with other values; a plain dict where the class cannot be built from one."""
     try:
-        return type(value)(moved)  # type: ignore[call-arg]
+        return type(mapping)(items)  # type: ignore[call-arg]
     except TypeError:
-        return moved
+        return items
 
 
 def move(value: Any, device: torch.device) -> Any:
@@ -159,7 +159,8 @@ class Data:
                     yield move(batch, self.device), index == len(self.loader)
                 elif restore_random is not None and index == start:
                     restore_random()
-            start, restore_random = 0, None
+            start = 0
+            restore_random = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
@@ -325,8 +326,12 @@ def report(run: Run, measured: dict[str, float]) -> None:
     record = {"epoch": run.progress.epoch, **measured}
     with (run.info.run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": run.progress.step, "time": round(time.time(), 3), **record}) + "\n")
-    values = " · ".join(f"{name} {value:.4g}" for name, value in measured.items())
-    print(f"step {run.progress.step:,} · {values}", flush=True)
+    print(
+        f"step {run.progress.step:,}",
+        *(f"{name} {value:.4g}" for name, value in measured.items()),
+        sep=" · ",
+        flush=True,
+    )
     run.progress.saved_at = -1
 
 
@@ -377,8 +382,7 @@ def random_state() -> dict[str, Any]:
     accelerator = torch.get_device_module().get_rng_state_all() if torch.accelerator.is_available() else None
     python = random.getstate()
     numpy = np.random.get_state(legacy=True)
-    default = torch.get_rng_state()
-    return {"python": python, "numpy": numpy, "torch": default, "accelerator": accelerator}
+    return {"python": python, "numpy": numpy, "torch": torch.get_rng_state(), "accelerator": accelerator}
 
 
 def sync(path: Path) -> None:
@@ -396,11 +400,8 @@ def write(
     path = folder / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
     path.mkdir(parents=True)
     for name in sorted(groups):
-        save_file(
-            {key: value.cpu().clone().contiguous() for key, value in groups[name].items()},
-            path / f"{name}.safetensors",
-            {"format": "pt"},
-        )
+        tensors = {key: value.cpu().clone().contiguous() for key, value in groups[name].items()}  # none shares memory
+        save_file(tensors, path / f"{name}.safetensors", {"format": "pt"})
     (path / "state.json").write_text(json.dumps(state))
     files = {}
     for file in sorted(path.iterdir()):
@@ -419,7 +420,7 @@ def prune(directory: Path, step: int) -> None:
     found = {path.parent: json.loads(path.read_text()) for path in sorted(directory.glob("step-*/manifest.json"))}
     # The newest of each step; what is left of later ones will be made again.
     saves = {manifest["step"]: path for path, manifest in found.items() if manifest["step"] <= step}
-    staying = {*list(saves.values())[-KEEP_LAST:]}
+    staying = {*list(saves.values())[-KEEP_LAST:], *[]}
     (directory / ".last").unlink(missing_ok=True)
     (directory / ".last").symlink_to(saves[step].name)
     (directory / ".last").rename(directory / "last")
@@ -505,12 +506,12 @@ def own_steps(run: Run, signals: StopSignals, state: dict[str, Any] | None, load
         save_and_tell(run)
 
 
-def evaluate(model: nn.Module, step_function: Any, loader: Any, compute: Compute) -> dict[str, float]:
+def evaluate(model: nn.Module, step_function: Any, loaders: Any, compute: Compute) -> dict[str, float]:
     """Return the weighted means of what the step returns, over all batches."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     metrics = Metrics()
-    for batch in loader:
+    for batch in loaders:
         samples = count_samples(batch)
         batch = move(batch, compute.device)
         with torch.no_grad():
@@ -643,15 +644,13 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return value
 
 
-def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
+def restore(run: Run, path: Path) -> dict[str, Any]:
     """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers."""
-    weights, trained = (
-        next(map(load_file, checkpoint.glob(f"{group}.safetensors")), {}) for group in ("model", "training")
-    )
-    read = json.loads((checkpoint / "state.json").read_text())
+    weights, trained = (next(map(load_file, path.glob(f"{group}.safetensors")), {}) for group in ("model", "training"))
+    read = json.loads((path / "state.json").read_text())
     if read["progress"].get("owes_validation"):
-        raise RuntimeError(f"{checkpoint} was saved in a validation, which only Sheer goes on with.")
-    tensors = {**load_file(checkpoint / "optimizer.safetensors"), **load_file(checkpoint / "state.safetensors")}
+        raise RuntimeError(f"{path} was saved in a validation, which only Sheer goes on with.")
+    tensors = {**load_file(path / "optimizer.safetensors"), **load_file(path / "state.safetensors")}
     state = decode(read, tensors)
     run.model.load_state_dict(trained or weights)
     run.progress.load_state_dict(state["progress"])

@@ -101,13 +101,13 @@ class LearningRateMonitor:
         return logged
 
 
-def tokens_of(tokens: int | str | Callable[[Any], int | Tensor], part: Any, samples: int) -> int | Tensor:
+def tokens_of(tokens: int | str | Callable[[Any], int | Tensor], batch: Any, samples: int) -> int | Tensor:
     """Count the tokens of a batch, as `Throughput` is told to."""
     if isinstance(tokens, int):
         return tokens * samples
     if isinstance(tokens, str):
-        return int(part[tokens].numel())
-    counted_tokens = tokens(part)
+        return int(batch[tokens].numel())
+    counted_tokens = tokens(batch)
     return counted_tokens.detach() if isinstance(counted_tokens, Tensor) else counted_tokens
 
 
@@ -220,7 +220,8 @@ class Data:
                     yield [tensor.to(self.device, non_blocking=True) for tensor in batch], index == len(self.loader)
                 elif restore_random is not None and index == start:
                     restore_random()
-            start, restore_random = 0, None
+            start = 0
+            restore_random = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order depends on."""
@@ -328,7 +329,6 @@ class Run:
     throughput: Throughput
     tensor_board: TensorBoard
     run_id: str
-    train: Data
     progress: Progress = field(default_factory=Progress)
     metrics: Metrics = field(default_factory=Metrics)
     watch: list[tuple[int, str, Tensor]] = field(default_factory=list)
@@ -360,15 +360,13 @@ def names_of(optimizer: Optimizer, model: nn.Module) -> list[str]:
     return [known.get(id(parameter), f"#{index}") for index, parameter in enumerate(parameters)]
 
 
-def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
+def restore(run: Run, path: Path) -> dict[str, Any]:
     """Bring a run to where a checkpoint was made; return the states of the data and of the random numbers."""
-    weights, trained = (
-        next(map(load_file, checkpoint.glob(f"{group}.safetensors")), {}) for group in ("model", "training")
-    )
-    read = json.loads((checkpoint / "state.json").read_text())
+    weights, trained = (next(map(load_file, path.glob(f"{group}.safetensors")), {}) for group in ("model", "training"))
+    read = json.loads((path / "state.json").read_text())
     if read["progress"].get("owes_validation"):
-        raise RuntimeError(f"{checkpoint} was saved in a validation, which only Sheer goes on with.")
-    tensors = {**load_file(checkpoint / "optimizer.safetensors"), **load_file(checkpoint / "state.safetensors")}
+        raise RuntimeError(f"{path} was saved in a validation, which only Sheer goes on with.")
+    tensors = {**load_file(path / "optimizer.safetensors"), **load_file(path / "state.safetensors")}
     state = decode(read, tensors)
     run.model.load_state_dict(trained or weights)
     run.progress.load_state_dict(state["progress"])
@@ -432,12 +430,12 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
 
-def check(watch: list[tuple[int, str, Tensor]]) -> None:
+def check(watched: list[tuple[int, str, Tensor]]) -> None:
     """Raise an error that names the first value since the last check that was NaN or infinite."""
-    for at, what, scalar in watch:
+    for at, what, scalar in watched:
         if not scalar.isfinite():
             raise FloatingPointError(f"The {what} became NaN or infinite at step {at}.")
-    watch.clear()
+    watched.clear()
 
 
 def report(tensor_board: TensorBoard, run_dir: Path, progress: Progress, measured: dict[str, float]) -> None:
@@ -446,19 +444,20 @@ def report(tensor_board: TensorBoard, run_dir: Path, progress: Progress, measure
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": progress.step, "time": round(time.time(), 3), **record}) + "\n")
     tensor_board.log(progress.step, record)
-    values = " · ".join(f"{name} {value:.4g}" for name, value in measured.items())
-    print(f"step {progress.step:,} · {values}", flush=True)
+    print(
+        f"step {progress.step:,}", *(f"{name} {value:.4g}" for name, value in measured.items()), sep=" · ", flush=True
+    )
 
 
 def evaluate(
-    model: nn.Module, step_function: Any, val_loader: Any, device: torch.device, throughput: Throughput
+    model: nn.Module, step_function: Any, loaders: Any, device: torch.device, throughput: Throughput
 ) -> dict[str, float]:
     """Return the weighted means of what the step returns, over all batches."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     throughput.on_evaluation_start()
     metrics = Metrics()
-    for batch in val_loader:
+    for batch in loaders:
         samples = len(batch[0])
         batch = [tensor.to(device, non_blocking=True) for tensor in batch]
         with torch.no_grad():
@@ -506,8 +505,7 @@ def random_state() -> dict[str, Any]:
     accelerator = torch.get_device_module().get_rng_state_all() if torch.accelerator.is_available() else None
     python = random.getstate()
     numpy = np.random.get_state(legacy=True)
-    default = torch.get_rng_state()
-    return {"python": python, "numpy": numpy, "torch": default, "accelerator": accelerator}
+    return {"python": python, "numpy": numpy, "torch": torch.get_rng_state(), "accelerator": accelerator}
 
 
 def sync(path: Path) -> None:
@@ -525,11 +523,8 @@ def plain_write(
     path = folder / (f"{name}-{max(numbers) + 1}" if numbers else name)  # this very step was saved before
     path.mkdir(parents=True)
     for name in sorted(groups):
-        save_file(
-            {key: value.cpu().clone().contiguous() for key, value in groups[name].items()},
-            path / f"{name}.safetensors",
-            {"format": "pt"},
-        )
+        tensors = {key: value.cpu().clone().contiguous() for key, value in groups[name].items()}  # none shares memory
+        save_file(tensors, path / f"{name}.safetensors", {"format": "pt"})
     (path / "state.json").write_text(json.dumps(state))
     files = {}
     for file in sorted(path.iterdir()):
@@ -562,7 +557,7 @@ def prune(directory: Path, step: int) -> None:
         shutil.rmtree(path)
 
 
-def save(run: Run) -> None:
+def save(run: Run, data: Data) -> None:
     """Write a checkpoint of the run as it is at the end of a step, and delete those that it makes superfluous."""
     check(run.watch)
     for weight, parameter in run.model.named_parameters():
@@ -582,7 +577,7 @@ def save(run: Run) -> None:
     state = encode(
         {
             "random": random_state(),
-            "data": run.train.state_dict(),
+            "data": data.state_dict(),
             "metrics": run.metrics.state_dict(),
             "progress": {**asdict(run.progress), "seconds": run.progress.seconds + time.monotonic() - run.began},
             "scheduled_steps": MAX_STEPS,
@@ -604,9 +599,9 @@ def save(run: Run) -> None:
     prune(run.run_dir / "checkpoints", run.progress.step)
 
 
-def save_and_tell(run: Run) -> None:
+def save_and_tell(run: Run, data: Data) -> None:
     """Save, and tell the callbacks."""
-    save(run)
+    save(run, data)
     run.throughput.on_save()
 
 
@@ -633,7 +628,7 @@ def fit(
     checkpoint = newest_good(run_dir / "checkpoints")
     manifest = json.loads((checkpoint / "manifest.json").read_text()) if checkpoint is not None else None
     run_id = manifest["run_id"] if manifest is not None else secrets.token_hex(4)
-    run = Run(model, optimizer, scheduler, run_dir, throughput, tensor_board, run_id, train)
+    run = Run(model, optimizer, scheduler, run_dir, throughput, tensor_board, run_id)
     parameters = list(model.parameters())
     start_step = manifest["step"] if manifest is not None else 0
     state = restore(run, checkpoint) if checkpoint is not None else None
@@ -684,7 +679,7 @@ def fit(
                 run.progress.metrics = measured
                 run.progress.validated_at = run.progress.step
                 report(tensor_board, run_dir, run.progress, measured)
-            throughput.on_step_end()
+            stop = throughput.on_step_end() or stop
 
             if signals.received is not None and stop is None:
                 stop = signals.received
@@ -692,8 +687,8 @@ def fit(
                 run.progress.stopped_by = stop
                 break
             if run.progress.step % CHECKPOINT_EVERY_N_STEPS == 0 or is_among_best(run_dir, run.progress):
-                save_and_tell(run)
-        save_and_tell(run)
+                save_and_tell(run, train)
+        save_and_tell(run, train)
     if signals.received is not None:
         raise SystemExit(EXIT_STATUS)
     return result_of(run_dir, run.progress)
