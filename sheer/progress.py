@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -29,11 +29,7 @@ class Progress:
     left_out: list[list[int]] = field(default_factory=list)  # [epoch, first, last] of batches passed over
     losses: list[float] = field(default_factory=list)  # of the last good steps, where spikes are looked for
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all of it."""
-        return asdict(self)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Take back what `asdict` returned."""
         for own in fields(self):
             setattr(self, own.name, state.get(own.name, getattr(self, own.name)))

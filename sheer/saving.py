@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def state_of(run: Run) -> dict[str, Any]:
     """Return what all ranks have alike, besides the model and its optimizers."""
     schedulers = run.schedulers | run.plateaus
     return {
-        "progress": {**run.progress.state_dict(), "seconds": run.seconds},
+        "progress": {**asdict(run.progress), "seconds": run.seconds},
         "scheduled_steps": run.scheduled_steps,
         "schedulers": {name: scheduler.state_dict() for name, scheduler in schedulers.items()},
         "scheduler_classes": {name: type(scheduler).__name__ for name, scheduler in schedulers.items()},

@@ -283,7 +283,6 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "run.loggers.load_state_dict": lambda call: ast.Call(
             parsed("plain_load_loggers"), [parsed("run"), *call.args], []
         ),
-        "run.progress.state_dict": lambda call: parsed("asdict(run.progress)"),
         "plain_encode": lambda call: (
             call.args[0] if isinstance(call.args[0], ast.Dict) and not call.args[0].keys else None
         ),
