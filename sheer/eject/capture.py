@@ -398,7 +398,6 @@ def is_plain_data(loader: Any, source: str, settings: Any) -> bool:
         and loader.generator is getattr(loader.sampler, "generator", None) is None
         and loader.timeout == 0
         and loader.multiprocessing_context is None
-        and loader.in_order
         and loader.batch_size is not None
         and len(loader.dataset) <= INDEXED_ABOVE
         and settings.limit_train_batches is None

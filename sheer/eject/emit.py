@@ -15,6 +15,10 @@ from sheer.eject.scope import bound_in, walk
 from sheer.eject.source import Definition, imported, notes_of, unparse
 from sheer.settings import Checkpoint, Parallel, Settings
 
+PARTS: dict[str, type[Checkpoint | Parallel]] = {
+    "checkpoint": Checkpoint,
+    "parallel": Parallel,
+}  # settings that are records
 ERRORS = {
     "NonFiniteError": "FloatingPointError",
     "RunError": "RuntimeError",
@@ -206,12 +210,9 @@ def described(settings: Mapping[str, object]) -> str:
     defaults = dataclasses.asdict(Settings())
     said = []
     for name, value in settings.items():
-        if name == "checkpoint" and isinstance(value, dict):
-            own = [f"{k}={v!r}" for k, v in value.items() if v != getattr(Checkpoint(), k)]
-            said.append(f"checkpoint=Checkpoint({', '.join(own)})")
-        elif name == "parallel" and isinstance(value, dict):
-            own = [f"{k}={v!r}" for k, v in value.items() if v != getattr(Parallel(), k)]
-            said.append(f"parallel=Parallel({', '.join(own)})")
+        if name in PARTS and isinstance(value, dict):
+            own = [f"{k}={v!r}" for k, v in value.items() if v != getattr(PARTS[name](), k)]
+            said.append(f"{name}={PARTS[name].__name__}({', '.join(own)})")
         elif value != defaults[name]:
             said.append(f"{name}={'False' if name == 'checkpoint' else repr(value)}")
     return ", ".join(said)

@@ -6,7 +6,7 @@ import ast
 import copy
 from collections.abc import Sequence, Set
 
-from sheer.eject.expressions import dotted, is_constant
+from sheer.eject.expressions import dotted, is_constant, parsed
 from sheer.eject.facts import Facts, Other
 from sheer.eject.knowledge import argument_name, data_twins, marked
 from sheer.eject.rewrite import Rewrite, is_literal
@@ -37,7 +37,7 @@ def prepared(fit: ast.FunctionDef, facts: Facts, returned: ast.expr | None = Non
         if isinstance(node, ast.Return):
             node.value = copy.deepcopy(returned)
     with_info = isinstance(returned, ast.Tuple)
-    fit.returns = _expression("None" if returned is None else "tuple[Result, RunInfo]" if with_info else "Result")
+    fit.returns = parsed("None" if returned is None else "tuple[Result, RunInfo]" if with_info else "Result")
     if returned is None and isinstance(fit.body[-1], ast.Return):
         fit.body.pop()
     for parameter in parameters(fit):
@@ -65,7 +65,7 @@ def take_settings(fit: ast.FunctionDef, kept: Sequence[str]) -> ast.ClassDef:
         A class `Settings` that has only these.
     """
     names = [argument_name(name) for name in kept]
-    types = [_expression(TYPES_OF_SETTINGS.get(name, "Any")) for name in names]
+    types = [parsed(TYPES_OF_SETTINGS.get(name, "Any")) for name in names]
     fit.args.kwonlyargs += [ast.arg(f"{name}__given", kind) for name, kind in zip(names, types, strict=True)]
     fit.args.kw_defaults += [None] * len(names)
     fit.args.args = [argument for argument in fit.args.args if argument.arg != "cfg"]
@@ -117,7 +117,7 @@ def prepared_loop(
             method.args.kwonlyargs, method.args.kw_defaults = [], []
             method.body = substituted(method.body, {"resume_by_skipping": ast.Constant(False)})
         if method.name == "steps" and "train_loader" not in facts.none:
-            kind = _expression("DataLoader[Any]" if facts.plain_data else "Iterable[Any]")
+            kind = parsed("DataLoader[Any]" if facts.plain_data else "Iterable[Any]")
             method.args.defaults = []
             for function in (method, steps):
                 for argument in (argument for argument in function.args.args if argument.arg == "loader"):
@@ -237,7 +237,7 @@ class _PlainData(ast.NodeTransformer):
                 text = (
                     f"PlainLength(-(-len(train_loader) // {size}))" if self.groups else "PlainLength(len(train_loader))"
                 )
-            node.value = _expression(text)
+            node.value = parsed(text)
         return node
 
     def visit_For(self, node: ast.For) -> ast.stmt:
@@ -250,10 +250,10 @@ class _PlainData(ast.NodeTransformer):
             text = "train.epochs(run.progress.epoch, run.progress.batch, restore_random)"
         if self.groups:
             text = f"plain_grouped({text}, cfg.accumulate_grad_batches)"
-        node.iter = _expression(text)
+        node.iter = parsed(text)
         node.target, name = ast.parse("batch, at_end = 0").body[0].targets[0], node.target.id  # type: ignore[attr-defined]
         if not self.groups:
-            node.body = substituted(node.body, {name: _expression("[(batch, samples)]")})
+            node.body = substituted(node.body, {name: parsed("[(batch, samples)]")})
             node.body.insert(0, ast.parse("samples = count_samples(batch)").body[0])
         return node
 
@@ -264,7 +264,7 @@ class _PlainData(ast.NodeTransformer):
         if self.groups:
             text, target = f"plain_grouped_shares({text}, cfg.accumulate_grad_batches)", "batch, totals, at_end"
             made = "PlainStepBatch(batch, sum(totals), [largest_share(total, ranks) for total in totals])"
-        node.iter = _expression(text)
+        node.iter = parsed(text)
         node.target = ast.Tuple([ast.Name(name, ast.Store()) for name in target.split(", ")], ast.Store())
         node.body = [
             *ast.parse(f"step_batch = {made}").body,
@@ -276,7 +276,3 @@ class _PlainData(ast.NodeTransformer):
 class _AtEnd(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         return ast.Name("at_end", ast.Load()) if dotted(node) == "train.at_end" else node
-
-
-def _expression(text: str) -> ast.expr:
-    return ast.parse(text, mode="eval").body

@@ -23,8 +23,6 @@ from sheer.eject.expressions import (
 )
 from sheer.eject.source import Notes, notes_of, with_notes
 
-Display = ast.Tuple | ast.List | ast.Dict | ast.Set
-
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,

@@ -177,7 +177,7 @@ def knowledge_of(
     return Knowledge(
         Known(known, frozenset(present), frozenset(absent), frozenset(always), answers, settings, kinds, tables),
         {name: twin for name, twin in TWINS.items() if plain_metrics or name != "Metrics"}
-        | (twins_together(facts, facts.parallel) if facts.parallel is not None else {})
+        | (twins_together(facts.parallel) if facts.parallel is not None else {})
         | batch_twins(facts)
         | {"load_model": "plain_load_model" if facts.has_extra else "plain_load_tensors"}
         | ({"TensorBoard": "PlainTensorBoard"} if facts.plain_board else {})

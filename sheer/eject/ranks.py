@@ -32,9 +32,7 @@ ALONE: Mapping[str, ast.expr] = {
 ANSWERS_ALONE: Mapping[str, Answer] = {
     **{name: lambda call: ast.Constant(None) for name in ("form_ranks", "evaluator_of", "StopAgreement")},
     "backward_of": lambda call: parsed("backward"),
-    **{
-        name: lambda call: call.args[0] for name in ("own_device", "whole", "local", "divided_as", "like_its_parameter")
-    },
+    **{name: lambda call: call.args[0] for name in ("own_device", "whole", "local", "like_its_parameter")},
     "step.holding": lambda call: ast.Call(parsed("StepBatch"), call.args, []),
     "own_state": lambda call: call.args[-1],
 }
@@ -121,11 +119,11 @@ def answers_together(facts: Facts, parallel: Mapping[str, Any]) -> dict[str, Ans
         answers["parts_of_rank"] = lambda call: call.args[1]
         if facts.settings["accumulate_grad_batches"] == 1:
             answers["synchronised_last"] = lambda call: call.args[1]
-    twins = twins_together(facts, parallel)
+    twins = twins_together(parallel)
     return answers | {twins[name]: answer for name, answer in answers.items() if name in twins}
 
 
-def twins_together(facts: Facts, parallel: Mapping[str, Any]) -> dict[str, str]:
+def twins_together(parallel: Mapping[str, Any]) -> dict[str, str]:
     """Return definitions, and what a script for several ranks gets in their place."""
     last = "plain_synchronised_ddp" if is_ddp(parallel) else "plain_synchronised_shards"
     return {**TWINS_TOGETHER, "synchronised_last": last}

@@ -76,7 +76,7 @@ def holders_of(program: Program, function: ast.FunctionDef, record: str) -> list
         if (
             isinstance(statement, ast.Assign)
             and isinstance(statement.targets[0], ast.Name)
-            and _makes(program, statement.value, record)
+            and _makes(statement.value, record)
         ):
             names.append(statement.targets[0].id)
     return names
@@ -88,7 +88,7 @@ def _names_type(annotation: ast.expr, record: str) -> bool:
     return isinstance(annotation, ast.Name) and annotation.id == record
 
 
-def _makes(program: Program, value: ast.expr, record: str) -> bool:
+def _makes(value: ast.expr, record: str) -> bool:
     return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == record
 
 
@@ -251,7 +251,7 @@ class _Exploded(ast.NodeTransformer):
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
         target = node.targets[0]
-        if isinstance(target, ast.Name) and target.id == self.name and _makes(self.program, node.value, self.record):
+        if isinstance(target, ast.Name) and target.id == self.name and _makes(node.value, self.record):
             assert isinstance(node.value, ast.Call)
             return self._made(node.value)
         self.generic_visit(node)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sheer.checkpoint.foreign import PICKLED
-from sheer.eject.emit import formatted
+from sheer.eject.emit import PARTS, formatted
 from sheer.eject.facts import Facts
 from sheer.eject.knowledge import argument_name
 from sheer.eject.scope import fresh, parameters
 from sheer.eject.script import Script
-from sheer.settings import Checkpoint, Parallel, Settings
+from sheer.settings import Settings
 
 MEDIA = ("Image", "Text", "Figure")
 MEANS = ("Mean", "mean", "linear_cross_entropy")  # what is, or returns, a `Mean`
@@ -326,9 +326,6 @@ _WAYS_OUT = {
     "Parallel": " Write it in the call of Trainer.",
     **dict.fromkeys(MEDIA, " Hand it to your logger in a callback, or leave it out."),
 }
-
-
-PARTS: dict[str, Any] = {"checkpoint": Checkpoint, "parallel": Parallel}
 
 
 def settings_in(trainer: ast.Call, script: Script) -> Iterator[tuple[str, ast.expr]]:

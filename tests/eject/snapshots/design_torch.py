@@ -170,12 +170,8 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last validation, or log point
     validated_at: int = -1  # the step of that validation
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all of it."""
-        return asdict(self)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Take back what `asdict` returned."""
         for own in fields(self):
             setattr(self, own.name, state.get(own.name, getattr(self, own.name)))
 

@@ -85,12 +85,8 @@ class Progress:
     validated_at: int = -1  # the step of that validation
     saved_at: int = -1  # the step whose checkpoint holds all of the run as it is now; -1: something came since
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all of it."""
-        return asdict(self)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Take back what `asdict` returned."""
         for own in fields(self):
             setattr(self, own.name, state.get(own.name, getattr(self, own.name)))
 
