@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -101,7 +102,7 @@ def measured(name: str, kills: int, minute: float, every: int) -> str:
                 starts.append(steps[before][1] - start)
     steps, seconds = made(folder), kills * minute
     goes_on = first_step(name, folder, every)
-    between = statistics.median(later - when for (_, when), (_, later) in zip(steps, steps[1:], strict=False))
+    between = statistics.median(later - when for (_, when), (_, later) in itertools.pairwise(steps))
     if goes_on is None:
         last = (folder / "output.txt").read_text(errors="replace").strip().splitlines()[-1][:150]
         return f"| {name} | {len(steps)} | cannot go on: {last} | | | {statistics.median(starts):.1f} | {between:.3f} | {failed} |"
