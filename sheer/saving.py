@@ -95,6 +95,8 @@ def content_of(run: Run) -> Content:
     if leads:
         extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
         texts |= {"optimizers": optimizers, "extra": encode(extra, own, "extra")}
+    if ranks is not None:
+        texts["role"] = ranks.role
     refuse_divided(own)
     parts = {g: {n: part for n, t in held.items() if (part := part_of(t)) is not None} for g, held in groups.items()}
     measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
