@@ -3,11 +3,11 @@
     python benchmarks/goodput.py                               # five kills each, a minute apart: about 17 minutes on two cores
     python benchmarks/goodput.py --kills 10 --ways Sheer
 
-Each is a process as a launcher starts it (its imports count), killed with SIGKILL once a minute and started again at once, from its
-newest checkpoint. All save as often, by default every 20 steps, about five seconds: near the best for a kill a minute (Young: the square
-root of twice the time of a save times that between two failures). A step waits 0.2 s, as for a GPU, and the net has eight million weights
-besides, of which a step uses a corner: with AdamW 0.1 GB of state, and little to compute. After the last kill it is started once more:
-where that goes on is how many steps were of use.
+Each is a process as a launcher starts it (its imports count), killed with SIGKILL after a minute and started again from its newest
+checkpoint. The libraries take turns, minute by minute, so that what else the machine does meets all. All save as often, by default every
+20 steps, about five seconds: near the best for a kill a minute (Young: the square root of twice the time of a save times that between two
+failures). A step waits 0.2 s, as for a GPU, and the net has eight million weights besides, of which a step uses a corner: with AdamW
+0.1 GB of state, and little to compute. After the last kill each is started once more: where that goes on is how many steps were of use.
 """
 
 from __future__ import annotations
@@ -81,36 +81,45 @@ def first_step(name: str, folder: Path, every: int) -> int | None:
     return steps[before][0] if len(steps) > before else None
 
 
-def measured(name: str, kills: int, minute: float, every: int) -> str:
-    """Kill it so often, and return what came of it as a row of a table."""
-    folder = Path(tempfile.mkdtemp())
-    starts, failed, began = list[float](), 0, time.time()
-    for number in range(1, kills + 1):
-        until = began + number * minute
-        while time.time() < until:  # as a launcher: one that ends by itself is started again
-            before = len(made(folder))
-            process, start = started(name, folder, every)
+class Way:
+    """A run in one of the libraries, which is killed again and again."""
+
+    def __init__(self, name: str, every: int) -> None:
+        self.name, self.every, self.folder = name, every, Path(tempfile.mkdtemp())
+        self.starts: list[float] = []  # seconds from each start to its first step
+        self.between: list[float] = []  # seconds from step to step
+        self.failed, self.seconds = 0, 0.0
+
+    def live(self, seconds: float) -> None:
+        """Start it, and kill it after so long; as by a launcher, one that ends by itself is started again."""
+        until = time.time() + seconds
+        self.seconds += seconds
+        while time.time() < until:
+            before = len(made(self.folder))
+            process, began = started(self.name, self.folder, self.every)
             while process.poll() is None and time.time() < until:
                 time.sleep(0.01)
-            failed += process.poll() is not None
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGKILL)
                 process.wait()
-            steps = made(folder)
-            if len(steps) > before:
-                starts.append(steps[before][1] - start)
-    steps, seconds = made(folder), kills * minute
-    goes_on = first_step(name, folder, every)
-    between = statistics.median(later - when for (_, when), (_, later) in itertools.pairwise(steps))
-    if goes_on is None:
-        last = (folder / "output.txt").read_text(errors="replace").strip().splitlines()[-1][:150]
-        return f"| {name} | {len(steps)} | cannot go on: {last} | | | {statistics.median(starts):.1f} | {between:.3f} | {failed} |"
-    useful = goes_on - 1
-    share = useful * between / seconds
-    return (
-        f"| {name} | {len(steps)} | {useful} | {useful / seconds * 3600:,.0f} | {share:.0%} | {statistics.median(starts):.1f} | {between:.3f} | "
-        f"{failed} |"
-    )
+            else:
+                self.failed += 1
+            times = [when for _, when in made(self.folder)[before:]]
+            self.starts += [when - began for when in times[:1]]
+            self.between += [later - when for when, later in itertools.pairwise(times)]
+
+    def row(self) -> str:
+        """Start it once more, and return what came of it as a row of a table."""
+        count = len(made(self.folder))
+        goes_on, a_step = first_step(self.name, self.folder, self.every), statistics.median(self.between)
+        columns = [f"{statistics.median(self.starts):.1f}", f"{a_step:.3f}", str(self.failed)]
+        if goes_on is None:
+            last = (self.folder / "output.txt").read_text(errors="replace").strip().splitlines()[-1][:150]
+            useful = [f"none, it cannot go on: {last}", "0", "0%"]
+        else:
+            steps = goes_on - 1
+            useful = [str(steps), f"{steps / self.seconds * 3600:,.0f}", f"{steps * a_step / self.seconds:.0%}"]
+        return f"| {' | '.join([self.name, str(count), *useful, *columns])} |"
 
 
 def main() -> None:
@@ -133,10 +142,14 @@ def main() -> None:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         flush=True,
     )
-    for name in args.ways:
-        module = {"Sheer": "sheer", "Lightning": "lightning", "HF Trainer": "transformers"}[name]
-        importlib.import_module(module)  # so that none reads its files from a cold disk
-        print(measured(name, args.kills, args.minute, args.every), flush=True)
+    for name in args.ways:  # so that none reads its files from a cold disk
+        importlib.import_module({"Sheer": "sheer", "Lightning": "lightning", "HF Trainer": "transformers"}[name])
+    ways = [Way(name, args.every) for name in args.ways]
+    for _ in range(args.kills):
+        for way in ways:
+            way.live(args.minute)
+    for way in ways:
+        print(way.row(), flush=True)
 
 
 if __name__ == "__main__":
