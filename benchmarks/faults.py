@@ -27,6 +27,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-STEPS, BATCH, SAVE_EVERY = 120, 64, 10
+STEPS, BATCH = 120, 64
 
 
 class Digits(Dataset[dict[str, Any]]):
@@ -69,54 +70,65 @@ class Net(nn.Module):
         return {"loss": F.cross_entropy(self.layers(x), labels)}
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is trained: a net on the digits, for so long, and how often it is saved."""
+
+    steps: int
+    save_every: int = 10
+    net: Callable[[], nn.Module] = Net
+    learning_rate: float = 1e-2
+    lightning_last: Any = True  # as a file of its own; "link": not written twice
+
+
 class Log:
-    """Writes down which samples each step trains on."""
+    """Writes down which samples each step trains on, and when it began."""
 
     def __init__(self, folder: Path) -> None:
         self.stream = (folder / "samples.jsonl").open("a")
 
     def add(self, step: int, batch: Any) -> None:
-        self.stream.write(json.dumps([step, batch["number"].tolist()]) + "\n")
+        self.stream.write(json.dumps([step, batch["number"].tolist(), time.time()]) + "\n")
         self.stream.flush()
 
 
-def adamw(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(net.parameters(), lr=1e-2)
+def adamw(net: nn.Module, task: Task) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), lr=task.learning_rate)
 
 
-def in_sheer(folder: Path, steps: int) -> nn.Module:
+def in_sheer(folder: Path, task: Task) -> nn.Module:
     import sheer
 
     sheer.seed_everything(0)
-    net, log = Net(), Log(folder)
+    net, log = task.net(), Log(folder)
 
     class Samples:
         def on_step_start(self, step: int, model: nn.Module, batch: Any) -> None:
             log.add(step, batch[0][0])
 
     sheer.Trainer(
-        max_steps=steps,
+        max_steps=task.steps,
         device="cpu",
         run_dir=folder / "run",
         resume="auto",
-        checkpoint=sheer.Checkpoint(every_n_steps=SAVE_EVERY),
+        checkpoint=sheer.Checkpoint(every_n_steps=task.save_every),
         callbacks=[Samples()],
         log_every_n_steps=10,
     ).fit(
         net,
         lambda model, batch: model(**batch)["loss"],
         DataLoader(Digits(), BATCH, shuffle=True),
-        optimizer=adamw(net),
+        optimizer=adamw(net, task),
     )
     return net
 
 
-def in_lightning(folder: Path, steps: int) -> nn.Module:
+def in_lightning(folder: Path, task: Task) -> nn.Module:
     import lightning as L
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     L.seed_everything(0)
-    net, log = Net(), Log(folder)
+    net, log = task.net(), Log(folder)
 
     class Module(L.LightningModule):
         def __init__(self) -> None:
@@ -128,12 +140,12 @@ def in_lightning(folder: Path, steps: int) -> nn.Module:
             return self.net(**batch)["loss"]
 
         def configure_optimizers(self) -> Any:
-            return adamw(self.net)
+            return adamw(self.net, task)
 
     saved = folder / "checkpoints"
-    saves = ModelCheckpoint(saved, every_n_train_steps=SAVE_EVERY, save_last=True)
+    saves = ModelCheckpoint(saved, every_n_train_steps=task.save_every, save_last=task.lightning_last)
     L.Trainer(
-        max_steps=steps,
+        max_steps=task.steps,
         accelerator="cpu",
         callbacks=[saves],
         logger=False,
@@ -144,12 +156,12 @@ def in_lightning(folder: Path, steps: int) -> nn.Module:
     return net
 
 
-def in_transformers(folder: Path, steps: int) -> nn.Module:
+def in_transformers(folder: Path, task: Task) -> nn.Module:
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
     torch.manual_seed(0)
-    net, log = Net(), Log(folder)
+    net, log = task.net(), Log(folder)
 
     class Own(Trainer):
         def training_step(self, model: Any, inputs: Any, *args: Any, **more: Any) -> Tensor:
@@ -161,11 +173,11 @@ def in_transformers(folder: Path, steps: int) -> nn.Module:
         net,
         TrainingArguments(
             str(folder / "checkpoints"),
-            max_steps=steps,
+            max_steps=task.steps,
             per_device_train_batch_size=BATCH,
-            learning_rate=1e-2,
+            learning_rate=task.learning_rate,
             lr_scheduler_type="constant",
-            save_steps=SAVE_EVERY,
+            save_steps=task.save_every,
             save_total_limit=2,
             seed=0,
             use_cpu=True,
@@ -174,20 +186,20 @@ def in_transformers(folder: Path, steps: int) -> nn.Module:
             remove_unused_columns=False,
         ),
         train_dataset=Digits(),
-        optimizers=(adamw(net), None),
+        optimizers=(adamw(net, task), None),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / "checkpoints")))
     return net
 
 
-WAYS: dict[str, tuple[Callable[[Path, int], nn.Module], str]] = {
+WAYS: dict[str, tuple[Callable[[Path, Task], nn.Module], str]] = {
     "Sheer": (in_sheer, "run/checkpoints/step-*"),
     "Lightning": (in_lightning, "checkpoints/*"),
     "HF Trainer": (in_transformers, "checkpoints/checkpoint-*"),
 }
 
 
-def child(train: Callable[[Path, int], nn.Module], folder: Path, steps: int) -> int:
+def child(train: Callable[[Path, Task], nn.Module], folder: Path, task: Task) -> int:
     """Fork a process that trains; its weights and what it warned of lie in the folder when it has ended."""
     process = os.fork()
     if process:
@@ -201,7 +213,7 @@ def child(train: Callable[[Path, int], nn.Module], folder: Path, steps: int) -> 
             torch.set_num_threads(1)
             warnings.simplefilter("default")
             try:
-                net = train(folder, steps)
+                net = train(folder, task)
                 (folder / "weights.pkl").write_bytes(pickle.dumps({k: v.numpy() for k, v in net.state_dict().items()}))
                 status = 0
             except BaseException:
@@ -226,7 +238,7 @@ def same(one: Any, other: Any) -> bool:
 def samples_of(folder: Path) -> dict[int, list[int]]:
     """Return the samples of each step, as it was made last."""
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines() if line.endswith("]")]
-    return dict(lines)
+    return {step: numbers for step, numbers, _ in lines}
 
 
 def repeated_and_skipped(samples: dict[int, list[int]], steps_per_epoch: int) -> tuple[int, int]:
@@ -246,11 +258,11 @@ def kills(name: str, number: int, whole: Path, seconds: float, draw: random.Rand
     right = weights_of(whole)
     for _ in range(number):
         folder = Path(tempfile.mkdtemp())
-        process = child(train, folder, STEPS)
+        process = child(train, folder, Task(STEPS))
         time.sleep(draw.uniform(0.0, seconds))
         os.kill(process, signal.SIGKILL)
         ended(process)
-        found["resumed"] += ended(child(train, folder, STEPS)) == 0
+        found["resumed"] += ended(child(train, folder, Task(STEPS))) == 0
         if (folder / "weights.pkl").exists():
             found["equal"] += same(weights_of(folder), right)
             repeated, skipped = repeated_and_skipped(samples_of(folder), 20)
@@ -265,11 +277,11 @@ def corruptions(name: str, number: int, draw: random.Random) -> dict[str, Any]:
     found: Counter[str] = Counter()
     undamaged = Path(tempfile.mkdtemp())
     for steps in (STEPS // 2, STEPS):
-        assert ended(child(train, undamaged, steps)) == 0, (undamaged / "output.txt").read_text()[-2000:]
+        assert ended(child(train, undamaged, Task(steps))) == 0, (undamaged / "output.txt").read_text()[-2000:]
     right = weights_of(undamaged)
     for _ in range(number):
         folder = Path(tempfile.mkdtemp())
-        assert ended(child(train, folder, STEPS // 2)) == 0, (folder / "output.txt").read_text()[-2000:]
+        assert ended(child(train, folder, Task(STEPS // 2))) == 0, (folder / "output.txt").read_text()[-2000:]
         (folder / "weights.pkl").unlink()
         newest = max(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
         files = [newest] if newest.is_file() else [p for p in newest.rglob("*") if p.is_file() and p.stat().st_size]
@@ -279,7 +291,7 @@ def corruptions(name: str, number: int, draw: random.Random) -> dict[str, Any]:
         content = bytearray(file.read_bytes())
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         file.write_bytes(bytes(content))
-        good = ended(child(train, folder, STEPS)) == 0
+        good = ended(child(train, folder, Task(STEPS))) == 0
         output = (folder / "output.txt").read_text()
         told = not good or "SheerWarning" in output or "damaged" in output
         found["noticed"] += told
@@ -308,7 +320,7 @@ def main() -> None:
         importlib.import_module({"Sheer": "sheer", "Lightning": "lightning", "HF Trainer": "transformers"}[name])
         whole = Path(tempfile.mkdtemp())
         began = time.perf_counter()
-        assert ended(child(WAYS[name][0], whole, STEPS)) == 0, (whole / "output.txt").read_text()[-3000:]
+        assert ended(child(WAYS[name][0], whole, Task(STEPS))) == 0, (whole / "output.txt").read_text()[-3000:]
         seconds = time.perf_counter() - began
         draw = random.Random(args.seed)
         print(f"{name}: a run takes {seconds:.1f} s", flush=True)

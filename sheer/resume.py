@@ -16,7 +16,7 @@ from sheer.checkpoint.read import read_shared_state, read_state, stored_in
 from sheer.checkpoint.store import brought, committed, read_manifest
 from sheer.data.feed import TrainingData
 from sheer.data.order import mix_seed
-from sheer.distributed.agree import agreed, first_of, is_other_rank
+from sheer.distributed.agree import agreed, any_rank, first_of, is_other_rank
 from sheer.distributed.mesh import Ranks
 from sheer.due import DURATIONS, duration_over
 from sheer.errors import RunError, SheerWarning
@@ -150,25 +150,34 @@ def has_some_layers(ranks: Ranks | None) -> bool:
 def own_state(ranks: Ranks | None, path: Path, manifest: Mapping[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """Return where the data, the random numbers and the running metrics of this rank were; `saved` has those of rank 0.
 
-    On another number of ranks than was saved, rank 0 takes the metrics of all, and the random numbers of the others are new.
+    On another number of ranks than was saved, or in another layout, the first rank whose measures count takes the metrics of all, and the
+    random numbers of those that draw their own are new.
 
     Raises:
-        RunError: the loader gave each rank its own data, and there was another number of ranks.
+        RunError: the loader gave each rank its own data, and the ranks had other parts of it.
     """
-    rank, world_size, stream = (0, 1, 0) if ranks is None else (ranks.rank, ranks.world_size, ranks.stream)
     before: int = manifest["world_size"]
-    if before == world_size:
-        return saved if rank == 0 else read_state(path, manifest, rank)
-    if saved["data"] is not None and saved["data"]["kind"] in ("StatefulSource", "IterableSource"):
+    there, moved = saved, before != (1 if ranks is None else ranks.world_size)
+    has_other_data = moved
+    if ranks is not None and not moved:
+        there = saved if ranks.rank == 0 else read_state(path, manifest, ranks.rank)
+        role = there.get("role", ranks.role)  # older checkpoints do not say it
+        moved, has_other_data = any_rank(role != ranks.role), any_rank(role.get("data_rank") != ranks.data_rank)
+    if not moved:
+        return there
+    if has_other_data and saved["data"] is not None and saved["data"]["kind"] in ("StatefulSource", "IterableSource"):
         raise RunError(
-            f"The run was made on {before} ranks, and its loader gave each its own data: it goes on only on as many, not on {world_size}."
+            f"The run was made on {before} ranks, and its loader gave each its own data: it goes on only on as many, with the same parts of "
+            f"the data, not on {1 if ranks is None else ranks.world_size}."
         )
     random = saved["random"]
-    if stream > 0:
-        seed_process(mix_seed(int(random["torch"].sum()), stream, saved["progress"]["step"]))
+    if ranks is not None and ranks.stream > 0:
+        seed_process(mix_seed(int(random["torch"].sum()), ranks.stream, saved["progress"]["step"]))
         random = random_state()
-    metrics = put_together([read_state(path, manifest, r)["metrics"] for r in range(before)]) if rank == 0 else {}
-    return {"data": saved["data"], "random": random, "metrics": metrics}
+    metrics = {}
+    if ranks is None or ranks.reports_first:
+        metrics = put_together([read_state(path, manifest, r)["metrics"] for r in range(before)])
+    return {"data": (saved if has_other_data else there)["data"], "random": random, "metrics": metrics}
 
 
 def refuse_other_schedulers(run: Run, state: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from sheer.checkpoint.bucket import Folder, folder_at, share_of_machine, url_of
 from sheer.checkpoint.codec import encode
@@ -94,6 +96,8 @@ def content_of(run: Run) -> Content:
     if leads:
         extra = {name: value for name, value in run.model.state_dict().items() if not isinstance(value, Tensor)}
         texts |= {"optimizers": optimizers, "extra": encode(extra, own, "extra")}
+    if ranks is not None:
+        texts["role"] = ranks.role
     refuse_divided(own)
     parts = {g: {n: part for n, t in held.items() if (part := part_of(t)) is not None} for g, held in groups.items()}
     measured = run.progress.metrics if run.progress.validated_at == run.progress.step else {}
@@ -180,8 +184,10 @@ def check_weights(model: nn.Module, step: int, ranks: Ranks | None) -> None:
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         return
-    finite = torch.stack([local(parameter.detach()).isfinite().all() for _, parameter in trained]).tolist()
-    bad = [name for (name, _), good in zip(trained, finite, strict=True) if not good]
+    tensors, bad = [local(parameter.detach()) for _, parameter in trained], list[str]()
+    if not math.isfinite(get_total_norm(tensors).item()):  # reads each weight once; also where finite ones overflow
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist()  # takes some ten times as long
+        bad = [name for (name, _), good in zip(trained, finite, strict=True) if not good]
     if ranks is not None:
         bad = sorted({name for names in gathered(bad) for name in names})
     if bad:

@@ -213,7 +213,7 @@ def check_state(state: Mapping[str, Any], leads: bool, *, is_first: bool) -> Non
     missing = (mappings | {"data", "metrics"} | ({"scheduled_steps", "scaler"} if is_first else set())) - state.keys()
     if missing:
         raise LookupError(f"{', '.join(sorted(missing))} missing")
-    strange = [name for name in mappings if not isinstance(state[name], dict)]
+    strange = [name for name in (*mappings, "role") if not isinstance(state.get(name, {}), dict)]
     if strange:
         raise TypeError(f"{', '.join(sorted(strange))} no mapping")
     for name, optimizer in state["optimizers"].items() if leads else ():

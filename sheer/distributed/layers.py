@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,11 @@ MOST_COMPARED = 200_000_000  # parameters of a model whose stages are compared w
 class Pipeline(nn.Module):
     """The stages of a model that this rank holds, and the steps over all of them."""
 
-    def __init__(self, steps: PipelineStep, ranks: Ranks) -> None:
+    def __init__(self, steps: PipelineStep, ranks: Ranks, model: nn.Module, shells: Sequence[str]) -> None:
         super().__init__()
+        self.copies = [
+            (stage.get_submodule(name), model.get_submodule(name)) for stage in steps.stages.values() for name in shells
+        ]
         self.held = nn.ModuleList(steps.stages.values())
         self.seen = False  # whether what a step returns was looked at
         self.steps, self.ranks, self.seed = steps, ranks, from_rank_zero(torch.initial_seed())
@@ -54,6 +57,7 @@ class Pipeline(nn.Module):
         Returns:
             what the step returned for the last micro-batch, there; and what the gradients are to be multiplied by, None for nothing.
         """
+        self.take_modes()
         parts = self.cut(batch, size)
         total = batch.total / self.ranks.data_ranks
         weights = [samples / total for _, samples in parts]
@@ -89,9 +93,15 @@ class Pipeline(nn.Module):
 
     def evaluate(self, step_function: Step, batch: Any, more: tuple[int, ...]) -> Any:
         """Run a step forward over the stages; returns what it returned where the last stage is, None elsewhere."""
+        self.take_modes()
         outputs = self.steps.evaluate(step_function, [(batch, 1)], self.seed, more)
         self.refuse_objects(outputs)
         return outputs[0] if outputs else None
+
+    def take_modes(self) -> None:
+        """Put what of the stages is a copy into the mode, train or eval, of what of the model it is a copy of; the rest is the model's own."""
+        for twin, module in self.copies:
+            twin.training = module.training
 
     def refuse_objects(self, outputs: list[Any] | None) -> None:
         """Raise `StepError`, on all ranks, if the first step that is seen returns metric objects, which only the last stage would have."""
@@ -118,7 +128,7 @@ def make_pipeline(
         SettingsError, ModelError: it cannot be divided so.
     """
     from sheer.distributed.pipeline import PipelineStep  # PyTorch's pipelining takes seconds to import
-    from sheer.distributed.stages import keep_only, split_model, stages_of_rank
+    from sheer.distributed.stages import copied_modules, keep_only, split_model, stages_of_rank
 
     parallel = ranks.parallel
     if sharding.precision == "16-mixed":
@@ -127,6 +137,7 @@ def make_pipeline(
     own = stages_of_rank(parallel.pp_schedule, ranks.place("pp"), parallel.pp, number)
     uncut = copy_to_compare(model) if 0 in own and parallel.cp == 1 else None
     stages = dict(zip(own, split_model(model, split, own), strict=True))
+    shells = copied_modules(model, split)
     keep_only(model, split, own)
     for stage in stages.values():
         if ranks.averaged * parallel.tp > 1:
@@ -141,7 +152,7 @@ def make_pipeline(
     steps = PipelineStep(
         stages, number, group, schedule, device, autocast, any_of_copies=any_of_copies, uncut=uncut, split=split
     )
-    return Pipeline(steps, ranks)
+    return Pipeline(steps, ranks, model, shells)
 
 
 def copy_to_compare(model: nn.Module) -> nn.Module | None:

@@ -49,6 +49,16 @@ class Ranks:
         return self.place("tp") == 0 and self.place("pp") == self.last_place
 
     @property
+    def reports_first(self) -> bool:
+        """Whether this is the first of the ranks whose measures count."""
+        return self.reports and self.data_rank == 0 and self.place("cp") == 0
+
+    @property
+    def role(self) -> dict[str, int]:
+        """What of its place in the layout decides which random numbers, metrics and data a rank has: another may not take them for its own."""
+        return {"stream": self.stream, "reports": int(self.reports), "data_rank": self.data_rank}
+
+    @property
     def leads(self) -> bool:
         """Whether this rank is the first of those that hold the same stage of the model."""
         return self.data_rank == 0 and self.place("cp") == 0 and self.place("tp") == 0

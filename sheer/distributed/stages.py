@@ -86,6 +86,11 @@ def split_model(model: nn.Module, split_points: Sequence[str], stages: Sequence[
     return [_stage(model, shells, stage_of, index) for index in stages]
 
 
+def copied_modules(model: nn.Module, split_points: Sequence[str]) -> list[str]:
+    """Return the names of the modules, the model itself among them, that each stage has a copy of: a boundary runs through them."""
+    return _assign(model, split_points)[0]
+
+
 def keep_only(model: nn.Module, split_points: Sequence[str], stages: Sequence[int]) -> None:
     """Take the modules of other stages out of a model, and with them their memory; what is left has the names that it had."""
     shells, stage_of = _assign(model, split_points)

@@ -12,7 +12,7 @@ from typing import Any
 
 from sheer.checkpoint.disk import sync
 from sheer.events import RunInfo
-from sheer.loggers.lines import LineFile
+from sheer.loggers.lines import LineFile, is_empty, warn_of_other_lines
 
 
 class CSV:
@@ -20,7 +20,8 @@ class CSV:
 
     The columns are step, time (in seconds since 1970), epoch, and the metrics in the order in which they first came. When a new
     one comes, the file is written anew beside itself with empty cells for it, and renamed into place: at any time it is a whole
-    table. What a stopped run wrote after its last checkpoint is cut off when it goes on, columns included.
+    table. What a stopped run wrote after its last checkpoint is cut off when it goes on, columns included; the rest is compared with the
+    hash in the checkpoint.
 
     Args:
         file: the file's name.
@@ -32,6 +33,7 @@ class CSV:
         self._path: Path | None = None
         self._columns: list[str] = []
         self._rows = 0
+        self._digest: str | None = None  # of the table as it counts
         self._lines: LineFile | None = None
 
     @property
@@ -42,23 +44,26 @@ class CSV:
     def start(self, info: RunInfo) -> None:
         """Open the file, cut back to what is this run's."""
         if info.run_id != self._run:
-            self._columns, self._rows = [], 0
+            self._columns, self._rows, self._digest = [], 0, None
         self._run, self._path = info.run_id, info.run_dir / self.file
+        saved = None if is_empty(self._path) else self._digest
         self._path.touch()
-        self._rewrite(self._path, self._columns)
+        self._digest = self._rewrite(self._path, self._columns).digest()
+        warn_of_other_lines(self._path, saved, self._digest, info.start_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a row."""
         assert self._path is not None
         record = {"step": step, "time": round(time.time(), 3), **metrics}
         new = [name for name in record if name not in self._columns]
-        if new or self._lines is None:
-            self._rewrite(self._path, [*self._columns, *new])
-        assert self._lines is not None
-        self._lines.append(",".join(str(record.get(name, "")) for name in self._columns))
+        lines = self._lines
+        if new or lines is None:
+            lines = self._rewrite(self._path, [*self._columns, *new])
+        lines.append(",".join(str(record.get(name, "")) for name in self._columns))
         self._rows += 1
+        self._digest = lines.digest()
 
-    def _rewrite(self, path: Path, columns: list[str]) -> None:
+    def _rewrite(self, path: Path, columns: list[str]) -> LineFile:
         """Give the file these columns and the rows that count, and open it. Its values are numbers, so no comma is in one."""
         if self._lines is not None:
             self._lines.close()
@@ -76,6 +81,7 @@ class CSV:
         temporary.replace(path)
         self._columns, self._rows = columns, rows
         self._lines = LineFile(path, path.stat().st_size)
+        return self._lines
 
     def close(self) -> None:
         """Close the file."""
@@ -84,12 +90,13 @@ class CSV:
             self._lines = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which run it is, the columns, and how many rows were written."""
-        return {"run": self._run, "columns": list(self._columns), "rows": self._rows}
+        """Return which run it is, the columns, how many rows were written, and the hash of the table."""
+        return {"run": self._run, "columns": list(self._columns), "rows": self._rows, "sha256": self._digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind as many rows."""
         self._run, self._columns, self._rows = state["run"], state["columns"], state["rows"]
+        self._digest = state.get("sha256")
 
 
 def header(columns: Sequence[str]) -> str:

@@ -306,6 +306,7 @@ STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no progress": lambda state: {k: v for k, v in state.items() if k != "progress"},
     "progress in a list": lambda state: {**state, "progress": []},
     "no random numbers": lambda state: {**state, "random": 3},
+    "a role that is a number": lambda state: {**state, "role": 3},
     "optimizers without groups": lambda state: {**state, "optimizers": {"optimizer": {"state": {}}}},
     "optimizers in a list": lambda state: {**state, "optimizers": {"optimizer": []}},
     "groups of numbers": lambda state: {**state, "optimizers": {"optimizer": {"state": {}, "groups": [1]}}},

@@ -17,6 +17,7 @@ import sheer
 from sheer.distributed.pipeline import PipelineStep
 from sheer.distributed.stages import check_stages, split_model, stages_of_rank
 from sheer.errors import DataError, ModelError, SettingsError, SheerError, StepError
+from tests.distributed.task import Net, assert_same, train
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.xdist_group("pipeline")  # what its tests share is made once
@@ -510,3 +511,26 @@ def test_stages_that_do_not_make_the_model_are_found() -> None:
         check_stages(Glued().double(), POINTS[2], (batch["words"],), {"mask": batch["mask"]})
     with pytest.raises(ModelError, match=r"Stage 0 of the model cannot run: .*NoneType"):
         check_stages(Unaware().double(), POINTS[2], (batch["words"],), {})
+
+
+class Moded(Net):
+    """Computes otherwise when it is evaluated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x if self.training or self.head is None else x * 0.5
+
+
+def moded_step(model: nn.Module, batch: Any) -> dict[str, Any]:
+    return {"loss": F.cross_entropy(model(batch[0]), batch[1]) * (1.0 if model.training else 3.0)}
+
+
+def moded(parallel: Any) -> dict[str, Any]:
+    return train(parallel, make=Moded, run_step=moded_step, max_steps=9, folder="one" if parallel == "auto" else "many")
+
+
+def test_in_a_validation_the_stages_and_the_step_see_a_model_in_eval_mode() -> None:
+    one = moded("auto")
+    parallel = sheer.Parallel(pp=2, pp_split=("blocks.1",), pp_micro_batches=4)
+    for result in run_on_ranks(2, moded, parallel):
+        assert_same(one, result, logged=1e-10, weights=1e-8)

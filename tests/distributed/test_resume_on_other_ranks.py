@@ -82,7 +82,32 @@ def test_on_as_many_ranks_it_goes_on_bit_for_bit(way: str) -> None:
         assert all(torch.equal(value, parts["weights"][name]) for name, value in whole["weights"].items())
 
 
-CHANGES = [("one process", "FSDP2"), ("FSDP2", "one process"), ("TP x FSDP2", "DDP"), ("DDP", "HSDP"), ("HSDP", "TP")]
+CHANGES = [
+    ("one process", "FSDP2"), ("FSDP2", "one process"), ("TP x FSDP2", "DDP"), ("DDP", "HSDP"), ("HSDP", "TP"), ("FSDP2", "TP"), ("TP", "PP"),
+    ("PP", "FSDP2"), ("PP x FSDP2", "one process"),
+]  # fmt: skip
+
+
+def numbers_drawn(parallel: Any, folder: str) -> list[float]:
+    """Go on, and return what this rank would draw in its first steps."""
+    drawn: list[float] = []
+
+    def draw(step: int, model: torch.nn.Module, batch: Any) -> None:
+        generator = torch.Generator()
+        generator.set_state(torch.get_rng_state())
+        drawn.append(float(torch.rand(1, generator=generator)))
+
+    trained(parallel, folder, False, [sheer.On(step_start=draw)])
+    return drawn
+
+
+@pytest.mark.parametrize(("before", "after"), [("FSDP2", "TP"), ("TP", "FSDP2")])
+def test_in_another_layout_of_as_many_ranks_those_with_the_same_samples_draw_the_same_numbers(
+    before: str, after: str
+) -> None:
+    run_on_ranks(2, session, WAYS[before][1], "runs/parts", False, True)
+    one, other = run_on_ranks(2, numbers_drawn, WAYS[after][1], "runs/parts")
+    assert one and (one == other) is (after == "TP")
 
 
 def ranks_of(way: str) -> tuple[int, Any]:

@@ -18,7 +18,7 @@ import sheer
 import sheer.start
 from sheer.progress import Progress
 from tests.distributed.features import WAYS
-from tests.distributed.task import assert_same, data, train
+from tests.distributed.task import assert_same, data, tensor_plan, train
 from tests.distributed.test_resume_on_other_ranks import Stopped, stop_in_step_11
 from tests.faults.runs import same
 from tests.ranks import run_on_ranks
@@ -40,6 +40,7 @@ def spiking(model: nn.Module, batch: Any) -> dict[str, Any]:
 def trained(parallel: Any, folder: str, spikes: bool, nonfinite: Any, more: Sequence[Any] = ()) -> dict[str, Any]:
     return train(
         parallel,
+        plan=tensor_plan() if getattr(parallel, "tp", 1) > 1 else None,
         run_step=spiking if spikes else poisoned,
         folder=folder,
         max_steps=20,
@@ -84,7 +85,10 @@ def all_of_them(parallel: Any, spikes: bool) -> tuple[Any, ...]:
     return *both(parallel, spikes), goes_on(parallel, spikes)
 
 
-@pytest.mark.parametrize(("way", "spikes"), [("DDP", False), ("FSDP2", True)])
+@pytest.mark.parametrize(
+    ("way", "spikes"),
+    [("DDP", False), ("FSDP2", True), ("HSDP", False), ("TP", True), ("PP", False), ("PP x FSDP2", True)],
+)
 def test_ranks_go_back_together(way: str, spikes: bool) -> None:
     ranks, parallel = WAYS[way]
     alone, _, of_one = both("auto", spikes, "one")

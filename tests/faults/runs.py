@@ -116,12 +116,12 @@ def _rank(folder: str, how: How, kill: Kill | None) -> tuple[dict[str, Any], lis
     return train(folder, how), watched.seen
 
 
-def start(folder: str, how: How, kills: Sequence[Kill | None]) -> list[Child]:
+def start(folder: str, how: How, kills: Sequence[Kill | None], rank_function: Any = _rank) -> list[Child]:
     """Start the processes of a run, each of which kills itself where its own of `kills` says so."""
     port, ranks = free_port(), []
     for rank, kill in enumerate(kills):
         environment = place_of(rank, how.ranks, port) if how.ranks > 1 else {}
-        ranks.append(fork(_rank, folder, how, kill, environment=environment))
+        ranks.append(fork(rank_function, folder, how, kill, environment=environment))
     return ranks
 
 

@@ -132,11 +132,72 @@ def test_a_file_shorter_than_the_checkpoint_says_keeps_its_whole_lines(make: Any
     logger.client.write_bytes(logger.client.read_bytes()[:-5])  # as a power failure may leave it
     resumed = make()
     resumed.load_state_dict(state)
-    resumed.start(info(start_step=2))
+    with pytest.warns(sheer.SheerWarning, match=f"{logger.file} is damaged or was edited"):
+        resumed.start(info(start_step=2))
     resumed.log(3, {"epoch": 0, "train/loss": 1.0})
     resumed.close()
     records: Any = lines_of(logger.client) if make is sheer.JSONL else rows_of(logger.client)
     assert [int(record["step"]) for record in records] == [1, 3]
+
+
+def with_flipped_bit(path: Path) -> None:
+    """Flip a bit of a number in the first of the lines."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"3.0")] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("make", [sheer.JSONL, sheer.CSV])
+def test_a_flipped_bit_in_a_line_that_a_checkpoint_has_counted_is_warned_of_once(make: Any) -> None:
+    logger = make()
+    logger.start(info())
+    for step in (1, 2):
+        logger.log(step, {"epoch": 0, "train/loss": 3.0})
+    state = logger.state_dict()
+    logger.log(3, {"epoch": 0, "train/loss": 2.0, "val/loss": 1.0})  # one column more, which is cut off again
+    logger.close()
+    for flip in (False, True):
+        if flip:
+            with_flipped_bit(logger.client)
+        resumed = make()
+        resumed.load_state_dict(state)
+        with pytest.warns() if flip else contextlib.nullcontext() as warned:
+            resumed.start(info(start_step=2))
+        assert warned is None or [str(one.message).split(":")[0] for one in warned] == [
+            f"run/{logger.file} is damaged or was edited"
+        ]
+        resumed.log(3, {"epoch": 0, "train/loss": 2.0})
+        state = resumed.state_dict() if flip else state
+        resumed.close()
+    again = make()  # from a checkpoint of after that: it was told
+    again.load_state_dict(state)
+    again.start(info(start_step=3))
+    again.close()
+
+
+@pytest.mark.parametrize("make", [sheer.JSONL, sheer.CSV])
+def test_a_state_without_a_hash_and_a_folder_without_the_log_are_no_reason_to_warn(make: Any) -> None:
+    logger = make()
+    logger.start(info())
+    logger.log(1, {"epoch": 0, "train/loss": 3.0})
+    logger.close()
+    state = logger.state_dict()
+    older = {name: value for name, value in state.items() if name != "sha256"}  # as the ejected scripts write it
+    for given, folder in ((older, "run"), (state, "on-another-machine")):
+        resumed = make()
+        resumed.load_state_dict(given)
+        resumed.start(info(folder, start_step=1))
+        resumed.close()
+
+
+def test_a_run_goes_on_with_a_damaged_log_and_says_which() -> None:
+    fit("whole", sheer.CSV())
+    fit("stopped", sheer.CSV(), stop_at=8)
+    log = Path("stopped", "metrics.jsonl")
+    log.write_text(log.read_text().replace('"epoch": 0', '"epoch": 5', 1))
+    with pytest.warns(sheer.SheerWarning, match=r"metrics\.jsonl is damaged or was edited: its lines up to step 8 are"):
+        fit("stopped", sheer.CSV())
+    assert without_time(lines_of(log))[1:] == without_time(lines_of(Path("whole", "metrics.jsonl")))[1:]
 
 
 def test_two_of_the_same_kind_write_two_files() -> None:

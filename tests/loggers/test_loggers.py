@@ -103,7 +103,7 @@ def test_one_that_cannot_take_its_state_back_does_not_stop_the_others() -> None:
     loggers = Loggers([Failing("load_state_dict"), jsonl])
     with pytest.warns(sheer.SheerWarning, match="may log anew"):
         loggers.load_state_dict({"Failing": {}, "JSONL": {"run": "run-1", "size": 7}})
-    assert jsonl.state_dict() == {"run": "run-1", "size": 7}
+    assert jsonl.state_dict() == {"run": "run-1", "size": 7, "sha256": None}
 
 
 def test_media_that_no_logger_shows_are_said_once_a_kind() -> None:
