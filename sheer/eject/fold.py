@@ -402,14 +402,6 @@ class _Folder(ast.NodeTransformer):
             return _in_place_of(node, node.body)
         return node
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.stmt:
-        node.body = fold(node.body, self.known) or [ast.Pass()]
-        return node
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.stmt:
-        node.body = fold(node.body, self.known) or [ast.Pass()]
-        return node
-
 
 def _is_outside(item: ast.expr) -> bool:
     """Whether an item is an attribute of a module: a comprehension over such reads better than a list of what it gives."""
