@@ -6,7 +6,7 @@ import os
 import runpy
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sheer.checkpoint.commands import checkpoint_app
-from sheer.errors import SettingsError, SheerError
+from sheer.errors import ContradictionError, SettingsError, SheerError
 from sheer.launch import overriding
 from sheer.settings import Settings, overridden
 from sheer.version import __version__
@@ -244,7 +244,7 @@ def changes_in(assignments: list[str] | None) -> dict[str, str]:
 
 
 def read_changes(assignments: list[str]) -> dict[str, str]:
-    """Read NAME=VALUE assignments, and see that there are such settings and that they take such values.
+    """Read NAME=VALUE assignments, and see that there are such settings and that they take such values; whether they fit the script, its Trainer says.
 
     Raises:
         SettingsError: one is no assignment, or names no setting, or has a value of the wrong type.
@@ -255,9 +255,8 @@ def read_changes(assignments: list[str]) -> dict[str, str]:
         if not equals:
             raise SettingsError(f"{assignment!r} sets nothing; write NAME=VALUE, as max_steps=50.")
         changes[name] = value
-        overridden(
-            Settings(), {name: value} if name != "resume" else {}
-        )  # whether it fits the script, its Trainer says
+        with suppress(ContradictionError):  # with the defaults, which the script may not have
+            overridden(Settings(), {name: value})
     return changes
 
 

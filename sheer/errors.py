@@ -9,6 +9,10 @@ class SettingsError(SheerError, ValueError):
     """A setting that is unknown, of the wrong type, out of range, or in contradiction with another."""
 
 
+class ContradictionError(SettingsError):
+    """Settings are wrong together, each of which could be right."""
+
+
 class StepError(SheerError, TypeError):
     """A step function that returned what cannot be trained on."""
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from sheer.errors import SettingsError
+from sheer.errors import ContradictionError, SettingsError
 
 Precision = Literal["32-true", "tf32-true", "bf16-mixed", "16-mixed", "float8-mixed", "bf16-true", "64-true"]
 ClipAlgorithm = Literal["norm", "value"]
@@ -256,62 +256,62 @@ class Settings:
 
     def _check_contradictions(self) -> None:
         if self.activation_memory_budget < 1.0 and not self.compile:
-            raise SettingsError(
+            raise ContradictionError(
                 f"activation_memory_budget={self.activation_memory_budget!r} is kept by the compiler, and compile=False. Set compile=True."
             )
         if self.cuda_graph and self.compile in MODES_WITH_GRAPHS:
-            raise SettingsError(
+            raise ContradictionError(
                 f'compile="{self.compile}" makes CUDA graphs of its own, of the model alone, and cuda_graph=True makes one of the whole step. '
                 'Set compile=True, or compile="max-autotune-no-cudagraphs".'
             )
         if self.cuda_graph and self.detect_anomaly:
-            raise SettingsError(
+            raise ContradictionError(
                 "detect_anomaly looks at each value on the host, which cuda_graph=True rules out. Leave one of them out."
             )
         if isinstance(self.nonfinite, Rollback):
             self._check_rollback()
         if self.gradient_clip_algorithm == "value" and self.gradient_clip_val is None:
-            raise SettingsError(
+            raise ContradictionError(
                 'gradient_clip_algorithm="value" says how to clip, but gradient_clip_val says not to. Give gradient_clip_val.'
             )
         if self.overfit_batches and self.limit_train_batches is not None:
-            raise SettingsError(
+            raise ContradictionError(
                 f"overfit_batches={self.overfit_batches} and limit_train_batches={self.limit_train_batches} both say how many batches to train on. Give one."
             )
         if self.fast_dev_run and self.resume is not None:
-            raise SettingsError(
+            raise ContradictionError(
                 "fast_dev_run keeps nothing and starts afresh, so it cannot go with resume. Leave one of them out."
             )
         if self.resume == "auto" and self.checkpoint is None:
-            raise SettingsError(
+            raise ContradictionError(
                 'resume="auto" goes on from the last checkpoint, and checkpoint=False saves none. Leave one of them out.'
             )
         if self.monitor is None and self.checkpoint is not None and self.checkpoint.keep_best > 1:
-            raise SettingsError(
+            raise ContradictionError(
                 f'Checkpoint(keep_best={self.checkpoint.keep_best}) keeps the best by monitor, and that names no metric. Give monitor="val/...".'
             )
         if self.resume == "auto" and self.run_dir is None:
-            raise SettingsError(
+            raise ContradictionError(
                 'resume="auto" looks for the run in run_dir, and there is none: each start would make a new folder. '
                 'Give run_dir="runs/<a name>".'
             )
         if self.monitor_mode == "max" and self.monitor is None:
-            raise SettingsError(
+            raise ContradictionError(
                 'monitor_mode="max" says which way is better, but monitor names no metric. Give monitor="val/...".'
             )
 
     def _check_rollback(self) -> None:
         if self.checkpoint is None:
-            raise SettingsError(
+            raise ContradictionError(
                 "nonfinite=Rollback(...) goes back to a checkpoint, and checkpoint=False saves none. Leave one of them out."
             )
         if self.cuda_graph:
-            raise SettingsError(
+            raise ContradictionError(
                 "nonfinite=Rollback(...) puts the run back to a checkpoint, which cuda_graph=True cannot follow yet: a graph writes where the state was. "
                 'Leave one of them out, or set nonfinite="skip".'
             )
         if self.detect_anomaly:
-            raise SettingsError(
+            raise ContradictionError(
                 "detect_anomaly=True ends the run in the step that makes a NaN, and nonfinite=Rollback(...) goes back from it. Leave one of them out."
             )
 
@@ -448,6 +448,8 @@ def _with_fields(record: Any, above: str, given: Mapping[str, Any]) -> Any:
     inside: dict[str, dict[str, Any]] = {}
     for path, value in given.items():
         name, _, rest = path.partition(".")
+        if name in ("callbacks", "loggers", "hparams"):
+            raise SettingsError(f"{name} are objects, and no settings: give them to Trainer, in the script.")
         if name not in known:
             raise unknown_name(above + path, known, "Settings")
         if rest:
@@ -460,6 +462,8 @@ def _with_fields(record: Any, above: str, given: Mapping[str, Any]) -> Any:
             inner = Checkpoint()
         if name == "parallel" and isinstance(inner, str):
             inner = Parallel()
+        if name == "nonfinite" and isinstance(inner, str):
+            inner = Rollback()
         if not dataclasses.is_dataclass(inner):
             raise SettingsError(f"{name} has no parts, so {name}.{next(iter(parts))} cannot be set; set {name}.")
         new[name] = _with_fields(inner, f"{above}{name}.", parts)

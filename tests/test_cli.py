@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sheer.cli import read_changes
-from sheer.errors import SettingsError
-from sheer.settings import Settings, overridden
+from sheer.errors import ContradictionError, SettingsError
+from sheer.settings import Rollback, Settings, overridden
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,6 +89,28 @@ def test_settings_that_go_together_may_be_set_in_any_order(first: int) -> None:
     assert (changed.resume, changed.run_dir) == ("auto", "runs/a")
     assert changed.checkpoint is not None
     assert (changed.checkpoint.keep_last, changed.checkpoint.every_n_steps) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    "assignment", ["activation_memory_budget=0.8", "monitor_mode=max", "gradient_clip_algorithm=value", "resume=auto"]
+)
+def test_what_needs_another_setting_is_left_to_the_script(assignment: str) -> None:
+    assert read_changes([assignment]) == dict([assignment.split("=")])
+    with pytest.raises(ContradictionError):
+        overridden(Settings(), read_changes([assignment]))
+
+
+def test_a_part_of_a_policy_can_be_set_whatever_the_script_says() -> None:
+    for given in (Settings(), Settings(nonfinite=Rollback(max_times=7))):
+        changed = overridden(given, read_changes(["nonfinite.spike=4.0"])).nonfinite
+        assert isinstance(changed, Rollback) and changed.spike == 4.0
+        assert changed.max_times == (7 if isinstance(given.nonfinite, Rollback) else 3)
+
+
+@pytest.mark.parametrize("name", ["loggers", "callbacks", "hparams.lr"])
+def test_objects_are_no_settings(name: str) -> None:
+    with pytest.raises(SettingsError, match="are objects, and no settings"):
+        read_changes([f"{name}=x"])
 
 
 def test_a_duration_can_be_set_as_a_clock() -> None:

@@ -81,7 +81,7 @@ def count_ranks(nproc: str) -> int:
     if nproc == "gpu" and accelerators == 0:
         raise SettingsError("--nproc-per-node gpu: this machine has no accelerator.")
     if nproc not in ("auto", "gpu", "cpu"):
-        raise SettingsError(f'--nproc-per-node {nproc} must be a number, "auto", "gpu" or "cpu".')
+        raise SettingsError(f'--nproc-per-node {nproc} must be a number of ranks (1 or more), "auto", "gpu" or "cpu".')
     return accelerators if nproc != "cpu" and accelerators else count_cores()
 
 
