@@ -310,7 +310,7 @@ def prune_checkpoints(
     """Delete checkpoints of a run, and what is left of saves that were cut off. What stays is verified first; other runs' stay."""
     from filelock import FileLock
 
-    from sheer.checkpoint.pruning import carry_out, only_run_of, plan_pruning
+    from sheer.checkpoint.pruning import carry_out, only_run_of, plan_pruning, refuse_unknown_ranking
     from sheer.checkpoint.store import Retention, committed
     from sheer.rundir import lock, read_record
 
@@ -323,6 +323,7 @@ def prune_checkpoints(
             saves = committed(disk)
             run_id = recorded if recorded is not None else only_run_of(disk, saves)
             own = [saved for saved in saves if saved.manifest["run_id"] == run_id]
+            refuse_unknown_ranking(disk, own, monitor, mode)
             settings: Mapping[str, Any] = own[-1].manifest["settings"] if own else {}
             keep = Retention(
                 keep_last,

@@ -257,6 +257,17 @@ def test_prune_keeps_steps_and_other_bests() -> None:
     assert names() == ["step-00000004", "step-00000007"] and (FOLDER / "best").resolve().name == "step-00000007"
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_prune_refuses_a_metric_that_no_checkpoint_has(more: list[str]) -> None:
+    trained(validate_every_n_steps=2)
+    before = names()
+    done = sheer_checkpoint("prune", "run", "--keep-last", 1, "--monitor", "val/X", *more)
+    assert done.exit_code == 2 and names() == before
+    assert "has a metric 'val/X'" in done.stderr and "There are val/" in done.stderr
+    done = sheer_checkpoint("prune", "run", "--keep-last", 1, "--mode", "MAX", *more)
+    assert done.exit_code == 2 and names() == before and '"min" or "max", not \'MAX\'' in done.stderr
+
+
 def test_prune_does_not_count_what_is_damaged() -> None:
     trained()
     damage(FOLDER / "step-00000007" / "model.safetensors")
