@@ -223,10 +223,13 @@ def unpickled(path: Path) -> tuple[InMemory, dict[str, Any]]:
         if built is not None:
             raise RunError(
                 f"{path} holds a {built[1] or built[2]}, and to make one could run code: nothing is loaded. Where you trust the file, take the weights out "
-                'once: torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pt").'
+                'once: there = torch.load(path, weights_only=False), and torch.save(there.state_dict(), "weights.pt") where it is a whole model, '
+                'torch.save(there["state_dict"], "weights.pt") where it is a dict.'
             ) from error
+        reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         raise RunError(
-            f"{path} is nothing that torch.save wrote, or damaged: {str(error).splitlines()[:1]}."
+            f"{path} is nothing that torch.save wrote, or damaged{reason}. Give what torch.save(model.state_dict(), path) wrote; a file of "
+            "safetensors is to be named .safetensors."
         ) from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):

@@ -276,6 +276,15 @@ def test_pickles_without_weights(content: Any, said: str) -> None:
         sheer.load_weights(other(), "w.pt")
 
 
+def test_a_whole_model_and_a_file_of_anything() -> None:
+    torch.save(other(), "w.pt")
+    with pytest.raises(RunError, match=r'torch.save\(there.state_dict\(\), "weights.pt"\) where it is a whole model'):
+        sheer.load_weights(other(), "w.pt")
+    Path("w.pt").write_bytes(b"e" * 99)
+    with pytest.raises(RunError, match=r"^w.pt is nothing that torch.save wrote, or damaged. Give what"):
+        sheer.load_weights(other(), "w.pt")
+
+
 def test_a_file_of_the_index_that_is_not_there(tmp_path: Path) -> None:
     folder = in_shards(tmp_path, model().state_dict())
     (folder / "model-00002-of-00002.safetensors").unlink()
