@@ -281,6 +281,11 @@ def export_weights(
     from sheer.checkpoint.read import stored_in
 
     with errors_told():
+        if out.suffix not in ("", ".safetensors"):
+            raise RunError(
+                f"{out} would be a safetensors file under a suffix of others. Give {out.with_suffix('.safetensors')}, or a name without suffix; no other "
+                "format is written."
+            )
         if out.exists() and not force:
             raise RunError(f"{out} is there already. Give another file, or --force.")
         with checkpoint_meant(run, is_verified=True) as (where, path, manifest), bars() as shown:

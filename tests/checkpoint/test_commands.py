@@ -202,6 +202,13 @@ def full(descriptor: int) -> None:
     raise OSError(28, "No space left on device")
 
 
+def test_export_writes_no_safetensors_under_the_suffix_of_others() -> None:
+    trained()
+    done = sheer_checkpoint("export", "run", "-o", "w.pt")
+    assert done.exit_code == 2 and "Give w.safetensors, or a name without suffix" in done.stderr
+    assert not Path("w.pt").exists()
+
+
 def test_export_of_the_weights_that_are_trained() -> None:
     trained(callbacks=[sheer.EMA(0.9)])
     for words, file in ((["-o", "averages"], "model"), (["-o", "trained", "--trained"], "training")):
