@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,12 +18,13 @@ from sheer.checkpoint.foreign import (
     Weights,
     foreign_weights,
     numbers_in_tensor,
+    refuse_unmatched,
     renamed,
     suggested_rename,
 )
 from sheer.checkpoint.read import read_shared_state, stored_in
 from sheer.checkpoint.store import MANIFEST, brought, committed, read_manifest
-from sheer.errors import RunError, SheerWarning
+from sheer.errors import RunError, SettingsError, SheerWarning
 from sheer.rundir import read_record
 
 
@@ -40,15 +42,17 @@ def load_weights(
         model: takes the weights, in place; where it is divided over ranks, each takes its part.
         source: a run's directory, a checkpoint's directory, the URL of either in an object store, a safetensors file, a Hugging Face folder (`model.safetensors`, or several files and
             their index), or what `torch.save` wrote: a state_dict, or a Lightning checkpoint.
-        which: of a run's directory, "best" or "last".
+        which: of a run's directory, "best", "last", or a step's, as "step-00000100".
         strict: raise an error where names are missing or superfluous, or shapes differ; otherwise what fits is loaded, and a warning lists
-            what does not.
+            what does not. That nothing fits is an error always.
         rename: regular expressions, and what replaces them in the names of the source, one after the other: `{r"^encoder\\.": "backbone."}`.
 
     Raises:
         RunError: there are no such weights, they are damaged, or of another model; all names that do not fit are listed.
-        SettingsError: `rename` holds what is no regular expression.
+        SettingsError: `rename` holds what is no regular expression, or matches no name.
+        TypeError: what was given is no model, or no path.
     """
+    refuse_mix_ups(model, source, rename)
     found = foreign_weights(Path(source)) if url_of(source) is None else None
     if found is not None:
         load_renamed(model, *found, Path(source), strict, rename)
@@ -64,6 +68,26 @@ def load_weights(
     return disk.path(name)
 
 
+def refuse_mix_ups(model: Any, source: Any, rename: Any) -> None:
+    """Raise an error where what `load_weights` is given is of other kinds, as when two are swapped."""
+    if not isinstance(model, nn.Module):
+        swapped = " They are swapped." if isinstance(source, nn.Module) else ""
+        raise TypeError(
+            f"load_weights takes the model first and then where the weights are, and was given a {type(model).__name__} as the model.{swapped}"
+        )
+    if isinstance(source, (Mapping, nn.Module)):
+        taken = "source" if isinstance(source, Mapping) else "source.state_dict()"
+        raise TypeError(
+            f"load_weights reads files, and was given a {type(source).__name__}, whose weights are in memory: call model.load_state_dict({taken})."
+        )
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"load_weights takes the path or the URL of weights, not a {type(source).__name__}.")
+    if rename is not None and not isinstance(rename, Mapping):
+        raise SettingsError(
+            f'rename is a {type(rename).__name__}, and it takes a dict of patterns: {{r"^encoder\\.": "backbone."}}.'
+        )
+
+
 def load_renamed(
     model: nn.Module,
     weights: Weights,
@@ -74,6 +98,7 @@ def load_renamed(
 ) -> None:
     """Load weights under other names, where there are patterns for such."""
     if patterns:
+        refuse_unmatched([*weights, *extra], patterns, source)
         extra = {renamed(name, patterns): value for name, value in extra.items()}
         weights = Renamed(weights, patterns)
     load_model(model, weights, extra, source, strict=strict)
@@ -110,7 +135,7 @@ def checkpoint_at(source: str | Path, which: str, beside: Folder | None) -> tupl
     there = bucket.names() if name is None else []
     if name is None:
         more = f" There are {', '.join(there)}; give one of them." if there else ""
-        raise RunError(f"{url} has no {which!r} checkpoint.{more}")
+        raise RunError(f"{url} has no {which!r} checkpoint.{more}{unless_known(which)}")
     return bucket, name
 
 
@@ -140,13 +165,23 @@ def checkpoint_in(source: str | Path, which: str = "last") -> Path:
     there = [saved.path.name for saved in committed(Disk(path / "checkpoints"))] if path.is_dir() else []
     if there:
         link = path / "checkpoints" / which
-        reason = "was `monitor` set?" if which == "best" else "the link was lost."
+        reason = unless_known(which) or ("was `monitor` set?" if which == "best" else "the link was lost.")
         if link.is_symlink():
             reason = f"{link.readlink()}, which it is, has no {MANIFEST}."
         raise RunError(
-            f"{path} has no {which!r} checkpoint: {reason} There are {', '.join(there)} in {path / 'checkpoints'}; give one of them."
+            f"{path} has no {which!r} checkpoint: {reason.strip()} There are {', '.join(there)} in {path / 'checkpoints'}; give one of them."
+        )
+    if not path.exists():
+        hint = ' To go on where run_dir stopped, set resume="auto".' if str(source).lower() == "auto" else ""
+        raise RunError(
+            f"There is no file or folder {path}{'' if path.is_absolute() else f' in {Path.cwd()}'}. Give a checkpoint or a run's directory.{hint}"
         )
     raise RunError(f"{path} holds no checkpoint. Give a run's directory or one of its checkpoints/step-... folders.")
+
+
+def unless_known(which: str) -> str:
+    """Return what `which` may be, where it is something else."""
+    return "" if which in ("best", "last") else ' which is "best", "last" or a step-... that is there.'
 
 
 def load_model(
@@ -163,7 +198,7 @@ def load_model(
         has_all: whether the model has all layers; else those of other ranks are not superfluous.
 
     Raises:
-        RunError: names, shapes or kinds of numbers differ; all of them are listed.
+        RunError: names, shapes or kinds of numbers differ; all of them are listed. Or, if not strict, nothing fits.
     """
     own, there = model.state_dict(), {*stored, *extra}
     tied = tied_names(model, there)
@@ -174,10 +209,15 @@ def load_model(
         lines = [f"  not in {source.name}: {', '.join(missing)}"] * bool(missing)
         lines += [f"  not in the model: {', '.join(more)}"] * bool(more)
         lines += [f"  {name} is {why}" for name, why in misfits.items()]
-        hint = suggested_rename(missing, more)
+        hint = suggested_rename(
+            {name: shape_or_none(own[name]) for name in missing},
+            {name: stored.shape(name) if name in stored else None for name in more},
+        )
         said = "\n".join(lines) + (f"\n{hint} makes most of these names fit." if hint is not None else "")
         if strict:
             raise RunError(f"The weights in {source} are of another model:\n{said}")
+        if not any(name in stored and name not in misfits for name in own):
+            raise RunError(f"Nothing in {source} fits the model, so nothing is loaded:\n{said}")
         warnings.warn(f"Not all of the weights in {source} are loaded:\n{said}", SheerWarning, stacklevel=3)
     with torch.no_grad():
         state = {
@@ -187,6 +227,11 @@ def load_model(
             for name, value in own.items()
         }
         model.load_state_dict(state)
+
+
+def shape_or_none(value: Any) -> tuple[int, ...] | None:
+    """Return a tensor's shape; None for what is no tensor."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def misfit(stored: Weights, name: str, value: Any) -> str | None:

@@ -281,6 +281,11 @@ def export_weights(
     from sheer.checkpoint.read import stored_in
 
     with errors_told():
+        if out.suffix not in ("", ".safetensors"):
+            raise RunError(
+                f"{out} would be a safetensors file under a suffix of others. Give {out.with_suffix('.safetensors')}, or a name without suffix; no other "
+                "format is written."
+            )
         if out.exists() and not force:
             raise RunError(f"{out} is there already. Give another file, or --force.")
         with checkpoint_meant(run, is_verified=True) as (where, path, manifest), bars() as shown:
@@ -310,7 +315,7 @@ def prune_checkpoints(
     """Delete checkpoints of a run, and what is left of saves that were cut off. What stays is verified first; other runs' stay."""
     from filelock import FileLock
 
-    from sheer.checkpoint.pruning import carry_out, only_run_of, plan_pruning
+    from sheer.checkpoint.pruning import carry_out, only_run_of, plan_pruning, refuse_unknown_ranking
     from sheer.checkpoint.store import Retention, committed
     from sheer.rundir import lock, read_record
 
@@ -323,6 +328,7 @@ def prune_checkpoints(
             saves = committed(disk)
             run_id = recorded if recorded is not None else only_run_of(disk, saves)
             own = [saved for saved in saves if saved.manifest["run_id"] == run_id]
+            refuse_unknown_ranking(disk, own, monitor, mode)
             settings: Mapping[str, Any] = own[-1].manifest["settings"] if own else {}
             keep = Retention(
                 keep_last,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,14 +126,32 @@ def renamed(name: str, patterns: Mapping[str, str]) -> str:
     return name
 
 
-def suggested_rename(missing: list[str], more: list[str]) -> str | None:
-    """Return the `rename` by which names that are superfluous become most of those that are missing, if a prefix is all that differs."""
-    pairs = {heads_of(wanted, name) for wanted in missing[:5] for name in more} - {None}
+def refuse_unmatched(names: Sequence[str], patterns: Mapping[str, str], source: Path) -> None:
+    """Raise `SettingsError` where a pattern, when its turn comes, matches no name."""
+    for pattern, replacement in patterns.items():
+        after = [renamed(name, {pattern: replacement}) for name in names]
+        if names and not any(re.search(pattern, name) for name in names):
+            more = ", ..." if len(names) > 5 else ""
+            raise SettingsError(
+                f"rename={{{pattern!r}: {replacement!r}}} matches no name in {source}. Patterns are taken one after the other, and at its turn there are: "
+                f"{', '.join(names[:5])}{more}."
+            )
+        names = after
+
+
+def suggested_rename(missing: Mapping[str, object], more: Mapping[str, object]) -> str | None:
+    """Return the `rename` by which names that are superfluous become most of those that are missing, if a prefix is all that differs.
+
+    Args:
+        missing: the names that are missing, with their shapes.
+        more: those that are superfluous, with theirs.
+    """
+    pairs = {heads_of(wanted, name) for wanted in list(missing)[:5] for name in more} - {None}
     counts = {}
     for pair in pairs:
         here, there = pair or ("", "")
-        made = {here + name.removeprefix(there) for name in more if name.startswith(there)}
-        counts[here, there] = len(made.intersection(missing))
+        made = {here + name.removeprefix(there): shape for name, shape in more.items() if name.startswith(there)}
+        counts[here, there] = sum(name in missing and missing[name] == shape for name, shape in made.items())
     if not counts or 2 * max(counts.values()) < len(missing):
         return None
     here, there = max(sorted(counts), key=counts.__getitem__)
@@ -205,10 +223,13 @@ def unpickled(path: Path) -> tuple[InMemory, dict[str, Any]]:
         if built is not None:
             raise RunError(
                 f"{path} holds a {built[1] or built[2]}, and to make one could run code: nothing is loaded. Where you trust the file, take the weights out "
-                'once: torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pt").'
+                'once: there = torch.load(path, weights_only=False), and torch.save(there.state_dict(), "weights.pt") where it is a whole model, '
+                'torch.save(there["state_dict"], "weights.pt") where it is a dict.'
             ) from error
+        reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         raise RunError(
-            f"{path} is nothing that torch.save wrote, or damaged: {str(error).splitlines()[:1]}."
+            f"{path} is nothing that torch.save wrote, or damaged{reason}. Give what torch.save(model.state_dict(), path) wrote; a file of "
+            "safetensors is to be named .safetensors."
         ) from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):

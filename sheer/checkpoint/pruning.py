@@ -34,6 +34,19 @@ def only_run_of(disk: Folder, saves: Sequence[Saved]) -> str:
     return found[0]
 
 
+def refuse_unknown_ranking(disk: Folder, saves: Sequence[Saved], monitor: str | None, mode: str | None) -> None:
+    """Raise `RunError` where a metric is to say which checkpoints are best and none of them has it, or the mode is none: the best would go."""
+    if mode not in (None, "min", "max"):
+        raise RunError(f'--mode is "min" or "max", not {mode!r}: nothing is deleted.')
+    if monitor is None or any(monitor in saved.metrics for saved in saves):
+        return
+    there = sorted({name for saved in saves for name in saved.metrics})
+    raise RunError(
+        f"No checkpoint in {disk} has a metric {monitor!r}, so none would be the best: nothing is deleted. "
+        + (f"There are {', '.join(there)}." if there else "They have no metrics; leave --monitor out.")
+    )
+
+
 def plan_pruning(disk: Folder, run_id: str, saves: Sequence[Saved], keep: Retention) -> Pruning:
     """Decide which of a run's checkpoints stay; those that do are verified first, so that no damaged one takes the place of a good one."""
     own = list(saves)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Packed(Dataset[dict[str, Tensor]]):
         most_documents: the most documents in one row, empty places counted as one.
 
     Raises:
-        DataError: there is nothing to pack, or `lengths` are those of other documents.
+        DataError: there is nothing to pack, a document is no sequence of whole numbers, or `lengths` are those of other documents.
     """
 
     def __init__(
@@ -54,12 +54,20 @@ class Packed(Dataset[dict[str, Tensor]]):
     ) -> None:
         if length < 1:
             raise DataError(f"Packed needs rows of at least 1 token, not {length}.")
+        if isinstance(documents, Mapping) or not hasattr(documents, "__len__"):
+            raise DataError(
+                f"Packed was given a {type(documents).__name__}, and it needs all documents with their number: a list, an array or a "
+                "map-style dataset, each item the token ids of one document."
+            )
         counts = np.asarray(
-            [len(documents[index]) for index in range(len(documents))] if lengths is None else list(lengths), np.int64
+            [count_tokens(documents[index], index) for index in range(len(documents))]
+            if lengths is None
+            else list(lengths),
+            np.int64,
         )
         if len(counts) != len(documents):
             raise DataError(f"There are {len(documents)} documents, and {len(counts)} lengths were given.")
-        self.documents, self.length, self.pad = documents, length, pad
+        self.documents, self.length, self.pad, self._counts = documents, length, pad, counts
         self._document, self._start, self._size = cut_documents(counts - 1, length)
         if len(self._size) == 0:
             raise DataError("Packed was given no document of two tokens or more, so there is nothing to predict.")
@@ -84,12 +92,7 @@ class Packed(Dataset[dict[str, Tensor]]):
         at = 0
         for number, piece in enumerate(pieces):
             first, size = int(self._start[piece]), int(self._size[piece])
-            text = whole_numbers(self.documents[int(self._document[piece])], first, first + size + 1)
-            if len(text) != size + 1:
-                raise DataError(
-                    f"Document {int(self._document[piece])} ends at token {first + len(text)}, and when it was packed it had {first + size + 1} at "
-                    "least. Its length must stay what it was, or what `lengths` said."
-                )
+            text = self._read(int(self._document[piece]), first, first + size + 1)
             place = slice(at, at + size)
             tokens[place], targets[place], numbers[place] = text[:-1], text[1:], number
             positions[place] = torch.arange(size)
@@ -100,13 +103,66 @@ class Packed(Dataset[dict[str, Tensor]]):
             starts[len(pieces)] = at
         return {"tokens": tokens, "targets": targets, "positions": positions, "documents": numbers, "starts": starts}
 
+    def _read(self, number: int, start: int, stop: int) -> Tensor:
+        """Return a part of a document, which must be as long as it was when it was packed."""
+        document = self.documents[number]
+        count, expected = count_tokens(document, number), int(self._counts[number])
+        if count != expected:
+            raise DataError(
+                f"Document {number} has {count} tokens, and it was packed as one of {expected}. Its length must stay what it was, or what "
+                "`lengths` said."
+            )
+        return whole_numbers(document, number, start, stop)
 
-def whole_numbers(document: Any, start: int, stop: int) -> Tensor:
-    """Return a part of a document as int64."""
+
+def count_tokens(document: Any, number: int) -> int:
+    """Return the length of a document.
+
+    Raises:
+        DataError: it is no sequence of token ids, as far as its first item tells.
+    """
+    if isinstance(document, Mapping):
+        key = "input_ids" if "input_ids" in document else next(iter(document), "tokens")
+        raise DataError(
+            f"Document {number} is a mapping of {', '.join(map(repr, document)) or 'nothing'}, and a document is a 1-D sequence of token ids. Take "
+            f"them out of it: Packed([item[{key!r}] for item in dataset], ...)."
+        )
+    if isinstance(document, (str, bytes, set, frozenset)) or not hasattr(document, "__getitem__"):
+        raise no_token_ids(number, f"a {type(document).__name__}")
+    if not isinstance(document, (list, tuple)) and len(getattr(document, "shape", (0,))) != 1:
+        raise no_token_ids(number, f"a {type(document).__name__} of {len(document.shape)} dimensions")
+    whole_numbers(document, number, 0, 1)
+    return len(document)
+
+
+def whole_numbers(document: Any, number: int, start: int, stop: int) -> Tensor:
+    """Return a part of a document as int64.
+
+    Raises:
+        DataError: it does not hold whole numbers in one dimension.
+    """
     part = document[start:stop]
     if isinstance(part, Tensor):
+        if len(part) and (part.is_floating_point() or part.is_complex() or part.dtype == torch.bool):
+            raise no_token_ids(number, f"of {part.dtype}")
         return part.to("cpu", torch.int64)
-    return torch.from_numpy(np.array(part, np.int64))  # a copy: what a file is mapped to must not be written
+    try:
+        values = np.array(part)  # a copy: what a file is mapped to must not be written
+    except ValueError as error:  # items of several lengths
+        raise no_token_ids(number, f"a {type(document).__name__} of sequences") from error
+    if values.ndim != 1:
+        raise no_token_ids(number, f"of {values.ndim} dimensions")
+    if len(values) and values.dtype.kind not in "iu":
+        raise no_token_ids(number, f"of {type(part[0]).__name__ if values.dtype.kind == 'O' else values.dtype}")
+    return torch.from_numpy(values.astype(np.int64, copy=False))
+
+
+def no_token_ids(number: int, found: str) -> DataError:
+    """Build the error for a document that is something else."""
+    return DataError(
+        f"Document {number} is {found}, and a document is a 1-D sequence of token ids, which are whole numbers: a list, an array or a tensor of "
+        "integers. Tokenize text before it is packed, and put tokens that come one by one into a list."
+    )
 
 
 def cut_documents(sizes: Any, length: int) -> tuple[Any, Any, Any]:

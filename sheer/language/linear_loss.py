@@ -41,8 +41,17 @@ def linear_cross_entropy(
         The sum over all tokens that count, and their number: a step returns it as its loss.
 
     Raises:
-        StepError: the shapes do not fit, or the weight is divided over ranks.
+        StepError: these are no tensors, the targets no whole numbers, the shapes do not fit, or the weight is divided over ranks.
     """
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor) and isinstance(targets, Tensor)):
+        raise StepError(
+            "linear_cross_entropy takes the tensors hidden, weight and targets, and was given a "
+            f"{type(hidden).__name__}, a {type(weight).__name__} and a {type(targets).__name__}. Of a layer give layer.weight, and bias=layer.bias."
+        )
+    if targets.is_floating_point():
+        raise StepError(
+            f"linear_cross_entropy takes the class of each token, int64, and its targets are {targets.dtype}. Call targets.long() where they are whole."
+        )
     if hidden.shape[:-1] != targets.shape or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise StepError(
             "linear_cross_entropy takes hidden [..., width], weight [classes, width] and targets [...], and was given "

@@ -202,6 +202,13 @@ def full(descriptor: int) -> None:
     raise OSError(28, "No space left on device")
 
 
+def test_export_writes_no_safetensors_under_the_suffix_of_others() -> None:
+    trained()
+    done = sheer_checkpoint("export", "run", "-o", "w.pt")
+    assert done.exit_code == 2 and "Give w.safetensors, or a name without suffix" in done.stderr
+    assert not Path("w.pt").exists()
+
+
 def test_export_of_the_weights_that_are_trained() -> None:
     trained(callbacks=[sheer.EMA(0.9)])
     for words, file in ((["-o", "averages"], "model"), (["-o", "trained", "--trained"], "training")):
@@ -255,6 +262,17 @@ def test_prune_keeps_steps_and_other_bests() -> None:
     words = ["--keep-last", 1, "--keep-every-n-steps", 4, "--monitor", "mine", "--mode", "max"]
     assert sheer_checkpoint("prune", "run", *words).exit_code == 0
     assert names() == ["step-00000004", "step-00000007"] and (FOLDER / "best").resolve().name == "step-00000007"
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_prune_refuses_a_metric_that_no_checkpoint_has(more: list[str]) -> None:
+    trained(validate_every_n_steps=2)
+    before = names()
+    done = sheer_checkpoint("prune", "run", "--keep-last", 1, "--monitor", "val/X", *more)
+    assert done.exit_code == 2 and names() == before
+    assert "has a metric 'val/X'" in done.stderr and "There are val/" in done.stderr
+    done = sheer_checkpoint("prune", "run", "--keep-last", 1, "--mode", "MAX", *more)
+    assert done.exit_code == 2 and names() == before and '"min" or "max", not \'MAX\'' in done.stderr
 
 
 def test_prune_does_not_count_what_is_damaged() -> None:

@@ -133,7 +133,9 @@ def test_names_are_renamed_by_patterns_one_after_the_other(tmp_path: Path) -> No
     source = a_file(tmp_path, {f"module.encoder.{name}": value for name, value in state.items()})
     sheer.load_weights(net, source, rename={r"^module\.": "", r"^encoder\.(\d+)": r"\1"})
     assert_same(net.state_dict(), state)
-    with pytest.raises(RunError, match=r"not in the model: encoder\.0\.bias"):
+    with pytest.raises(
+        SettingsError, match=r"\^encoder.*matches no name in .*at its turn there are: module\.encoder\.0\.bias, "
+    ):
         sheer.load_weights(net, source, rename={r"^encoder\.": "", r"^module\.": ""})
 
 
@@ -142,6 +144,8 @@ def test_names_are_renamed_by_patterns_one_after_the_other(tmp_path: Path) -> No
     [
         ({r"\.(weight|bias)$": ""}, RunError, "rename makes '0' of both '0.bias' and '0.weight'"),
         ({"(": ""}, SettingsError, r'no pattern and its replacement.*Give such as'),
+        ({"^modle.": ""}, SettingsError, r"'\^modle.': ''} matches no name in .*: 0.bias, 0.weight, .*, \.\.\."),
+        ([("a", "b")], SettingsError, "rename is a list, and it takes a dict of patterns"),
         ({"0": r"\3"}, SettingsError, "no pattern and its replacement"),
     ],
 )  # fmt: skip
@@ -199,6 +203,37 @@ def test_what_fits_is_loaded_and_the_rest_is_said(tmp_path: Path) -> None:
     assert_same(net.state_dict(), {name: before[name] if name in kept else state[name] for name in before})
 
 
+def test_that_nothing_fits_is_an_error_and_no_rename_is_advised_that_would_not_fit(tmp_path: Path) -> None:
+    source, net = a_file(tmp_path, {f"net.{name}": torch.ones(9, 9) for name in model().state_dict()}), other()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(RunError, match=r"Nothing in .* fits the model, so nothing is loaded:\n  not in") as error:
+        sheer.load_weights(net, source, strict=False)
+    assert "rename" not in str(error.value)
+    with pytest.raises(RunError, match=r"another model:[^=]*$"):
+        sheer.load_weights(net, source)
+    assert_same(net.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("w.pt", other()), "given a str as the model. They are swapped"),
+        ((other(), other().state_dict()), r"a OrderedDict, whose weights are in memory: call model.load_state_dict\(source\)"),
+        ((other(), other()), r"load_state_dict\(source.state_dict\(\)\)"),
+        ((other(), None), "the path or the URL of weights, not a NoneType"),
+    ],
+)  # fmt: skip
+def test_arguments_of_other_kinds(given: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        sheer.load_weights(*given)
+
+
+def test_which_is_no_word_of_ones_own(tmp_path: Path) -> None:
+    a_run(tmp_path / "run", dict(model().state_dict()))
+    with pytest.raises(RunError, match=r'no \'lst\' checkpoint: which is "best", "last" or a step'):
+        sheer.load_weights(other(), tmp_path / "run", "lst")
+
+
 def test_tied_weights_that_are_written_once_are_not_missing(tmp_path: Path) -> None:
     net = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
     net["head"].weight = net["embed"].weight  # type: ignore[assignment]
@@ -238,6 +273,15 @@ def test_extra_state_comes_along_under_its_new_name(tmp_path: Path) -> None:
 def test_pickles_without_weights(content: Any, said: str) -> None:
     torch.save(content, "w.pt")
     with pytest.raises(RunError, match=said):
+        sheer.load_weights(other(), "w.pt")
+
+
+def test_a_whole_model_and_a_file_of_anything() -> None:
+    torch.save(other(), "w.pt")
+    with pytest.raises(RunError, match=r'torch.save\(there.state_dict\(\), "weights.pt"\) where it is a whole model'):
+        sheer.load_weights(other(), "w.pt")
+    Path("w.pt").write_bytes(b"e" * 99)
+    with pytest.raises(RunError, match=r"^w.pt is nothing that torch.save wrote, or damaged. Give what"):
         sheer.load_weights(other(), "w.pt")
 
 

@@ -195,7 +195,21 @@ def test_documents_may_be_mapped_from_a_file(tmp_path: Path) -> None:
         (lambda: Packed([[1], []], 8), "nothing to predict"),
         (lambda: Packed([[1, 2]], 0), "at least 1 token"),
         (lambda: Packed([[1, 2]], 8, lengths=[2, 3]), "1 documents, and 2 lengths"),
-        (lambda: Packed([[1, 2]], 8, lengths=[5])[0], "Document 0 ends at token 2"),
+        (lambda: Packed([[1, 2]], 8, lengths=[5])[0], "Document 0 has 2 tokens, .* one of 5"),
+        (lambda: Packed(texts([5, 30, 17]), 64, lengths=[5, 30, 10])[0], "Document 2 has 17 tokens, .* one of 10"),
+        (lambda: Packed([torch.tensor([1.9, 2.9, 3.9])], 8), "Document 0 is of torch.float32"),
+        (lambda: Packed([np.array([1.9, 2.9])], 8), "Document 0 is of float64"),
+        (lambda: Packed([[1, 2], [1.9, 2.9]], 8), "Document 1 is of float64"),
+        (lambda: Packed([[1, 2.5]], 8)[0], "Document 0 is of float64"),
+        (lambda: Packed(["some text"], 8), "Document 0 is a str"),
+        (lambda: Packed([["some", "text"]], 8), "Document 0 is of <U4"),
+        (lambda: Packed([iter([1, 2])], 8), "Document 0 is a list_iterator"),
+        (lambda: Packed(iter([[1, 2]]), 8), "given a list_iterator"),  # type: ignore[arg-type]
+        (lambda: Packed([torch.ones(1, 4, dtype=torch.int64)], 8), "Tensor of 2 dimensions"),
+        (lambda: Packed([[[1, 2], [3, 4]]], 8), "of 2 dimensions"),
+        (lambda: Packed(torch.arange(9), 8), "Tensor of 0 dimensions"),  # type: ignore[arg-type]
+        (lambda: Packed([{"input_ids": [1, 2, 3]}], 8), r"Packed\(\[item\['input_ids'\] for"),
+        (lambda: Packed([{"mask": [1], "input_ids": [1, 2, 3]}], 8), "mapping of 'mask', 'input_ids'"),
     ],
 )
 def test_what_cannot_be_packed_is_named(make: Any, said: str) -> None:

@@ -179,12 +179,17 @@ def test_every_checkpoint_damaged() -> None:
     assert contents("run") == before
 
 
-@pytest.mark.parametrize("source", ["nowhere", "empty"])
-def test_resuming_from_a_path_without_a_checkpoint(source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("nowhere", ["There is no file or folder nowhere in /", "Give a checkpoint or a run's directory."]),
+        ("Auto", ["There is no file or folder Auto in /", 'set resume="auto"']),
+        ("empty", ["empty holds no checkpoint", "Give a run's directory or one of its checkpoints"]),
+    ],
+)
+def test_resuming_from_a_path_without_a_checkpoint(source: str, said: list[str]) -> None:
     Path("empty").mkdir()
-    refused(
-        RunError, f"{source} holds no checkpoint", "Give a run's directory or one of its checkpoints", resume=source
-    )
+    refused(RunError, *said, resume=source)
 
 
 def test_resuming_from_a_damaged_checkpoint() -> None:
@@ -225,7 +230,7 @@ def test_loading_weights_from_a_path_without_any() -> None:
     Path("weights.safetensors").write_bytes(b"\x00" * 5)
     with pytest.raises(RunError, match="no safetensors file, or a damaged one"):
         sheer.load_weights(model(), "weights.safetensors")
-    with pytest.raises(RunError, match="nowhere holds no checkpoint"):
+    with pytest.raises(RunError, match="There is no file or folder nowhere in /"):
         sheer.load_weights(model(), "nowhere")
 
 
