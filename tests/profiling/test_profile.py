@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from sheer import loop, start
 from sheer.cli import app
 from sheer.profile.advice import advise
-from sheer.profile.phases import DATA, FORWARD, OPTIMIZER, PHASES, REST, InPhase, Phases, seconds_of
+from sheer.profile.phases import COPY, DATA, FORWARD, OPTIMIZER, PHASES, REST, InPhase, Phases, seconds_of
 from sheer.profile.report import means_of, table_of_phases, uneven
 from sheer.profile.script import Seen, watch_script
 from sheer.profile.syncs import MASKED, READ, SyncFinder
@@ -90,6 +90,12 @@ def test_a_slow_dataset_is_told_and_a_read_value_is_named_with_its_line() -> Non
     names = {event["name"] for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
     assert {DATA, "forward", "backward", "optimizer"} <= names
     assert (folder / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_workers_are_named_only_where_they_cost_less_than_the_wait() -> None:
+    seen, shares = Seen(workers=0), dict.fromkeys(PHASES, 0.0) | {DATA: 0.25, COPY: 0.25, REST: 0.5}
+    assert not any("workers" in text for text in advise(seen, shares, 1e-3, None))
+    assert all("num_workers=" in text for text in advise(seen, shares, 10e-3, None))
 
 
 def test_a_loop_of_ones_own_is_profiled_as_well() -> None:
