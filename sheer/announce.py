@@ -36,7 +36,10 @@ def announce(cfg: Settings, run: Run, checkpoint: Path | None) -> None:
         say("the host waits for the device once a step, to see whether the gradients are finite")
     if isinstance(cfg.nonfinite, Rollback):
         say(describe_rollback(cfg))
-    say(f"run: {run.info.run_dir}" + ("" if cfg.fast_dev_run else f" (id {run.info.run_id})"))
+    say(
+        f"run: {run.info.run_dir}"
+        + (" (fast_dev_run: nothing is resumed or kept)" if cfg.fast_dev_run else f" (id {run.info.run_id})")
+    )
     if checkpoint is not None:
         place = f"{run.saver.disk}/{checkpoint.name}" if cfg.resume == "auto" else checkpoint
         say(f"resumed from {place}, at step {run.progress.step:,}")

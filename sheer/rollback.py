@@ -42,7 +42,7 @@ def go_back(cfg: Settings, run: Run, bad: BadStepsError) -> None:
     assert isinstance(cfg.nonfinite, Rollback) and run.trail is not None and run.data is not None
     times, most, seconds = run.progress.rollbacks + 1, cfg.nonfinite.max_times, run.progress.seconds
     if times > most:
-        raise NonFiniteError(f"{bad} The run went back {most} time{'s' if most > 1 else ''} before, and may not again.")
+        raise NonFiniteError(may_not_again(run, bad, most))
     places = [run.trail.places[step] for step in range(bad.first, bad.last + 1)]
     left_out = with_places(run.progress.left_out, places)
     path, manifest = checkpoint_before(run, bad, places, left_out)
@@ -68,6 +68,17 @@ def go_back(cfg: Settings, run: Run, bad: BadStepsError) -> None:
     run.loggers.start(info)
     run.console.say(
         f"rollback {times} of {most}: {bad.short}; back to step {run.progress.step:,}, and on without {describe_batches(places)}"
+    )
+
+
+def may_not_again(run: Run, bad: BadStepsError, most: int) -> str:
+    """Say that a run went back as often as it may, what it left out so far, and what may help."""
+    assert run.trail is not None
+    out = with_places(run.progress.left_out, [run.trail.places[step] for step in range(bad.first, bad.last + 1)])
+    places = [Trained(epoch, first, last, False) for epoch, first, last in out]
+    return (
+        f"The {bad.short}. The run went back {most} time{'s' if most > 1 else ''} before, and may not again. Bad were {describe_batches(places)}. Look at "
+        f"those batches, lower the learning rate, or resume with Rollback(max_times={2 * most})."
     )
 
 

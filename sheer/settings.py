@@ -27,6 +27,12 @@ PipelineSchedule = Literal[
 ]  # fmt: skip
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # of the mesh of ranks, outermost first
 CompileMode = Literal["blocks", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+NAMED = {
+    "device": '"auto", or one such as "cpu" or "cuda"',
+    "monitor": 'a metric such as "val/loss", or None for none',
+    "run_dir": "a folder, or None for one named by the time",
+    "resume": '"auto" or a checkpoint, or None for a new run',
+}  # settings that are strings, and what each may be
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of compile: they capture CUDA graphs themselves
 
 
@@ -237,6 +243,9 @@ class Settings:
             overfit_batches=0,
             fast_dev_run=0,
         )
+        for name, expected in NAMED.items():
+            if getattr(self, name) == "":
+                raise SettingsError(f"{name} is empty: give {expected}.")
         for name in ("max_time", "gradient_clip_val"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -278,9 +287,9 @@ class Settings:
             raise ContradictionError(
                 f"overfit_batches={self.overfit_batches} and limit_train_batches={self.limit_train_batches} both say how many batches to train on. Give one."
             )
-        if self.fast_dev_run and self.resume is not None:
+        if self.fast_dev_run and self.resume not in (None, "auto"):
             raise ContradictionError(
-                "fast_dev_run keeps nothing and starts afresh, so it cannot go with resume. Leave one of them out."
+                f"fast_dev_run keeps nothing and starts afresh, so it cannot go with resume={self.resume!r}. Leave one of them out."
             )
         if self.resume == "auto" and self.checkpoint is None:
             raise ContradictionError(
@@ -329,6 +338,7 @@ def expanded(settings: Settings, world_size: int = 1) -> Settings:
         max_time=None,
         limit_val_batches=steps,
         checkpoint=None,
+        resume=None,  # "auto" may stand in the script
         nonfinite=without_rollback(settings),
     )
 

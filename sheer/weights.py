@@ -215,7 +215,10 @@ def load_model(
         )
         said = "\n".join(lines) + (f"\n{hint} makes most of these names fit." if hint is not None else "")
         if strict:
-            raise RunError(f"The weights in {source} are of another model:\n{said}")
+            raise RunError(
+                f"The weights in {source} are of another model:\n{said}\nBuild the model as it was, or load what fits with "
+                "sheer.load_weights(model, source, strict=False); a resumed run starts anew in another run_dir."
+            )
         if not any(name in stored and name not in misfits for name in own):
             raise RunError(f"Nothing in {source} fits the model, so nothing is loaded:\n{said}")
         warnings.warn(f"Not all of the weights in {source} are loaded:\n{said}", SheerWarning, stacklevel=3)

@@ -151,8 +151,10 @@ def test_a_loss_that_is_always_bad_ends_the_run() -> None:
     def always(net: nn.Module, batch: Any) -> Any:
         return loss_step(net, batch) * math.nan
 
-    with pytest.raises(sheer.NonFiniteError, match=r"at step 1\..*The run went back 3 times before"):
+    with pytest.raises(sheer.NonFiniteError, match=r"at step 1\..*The run went back 3 times before") as error:
         run("run", always, rollback=sheer.Rollback())
+    assert "Bad were batches 0 to 3 of epoch 0 (counted from 0)" in str(error.value)
+    assert "max_times=6" in str(error.value) and "Rollback(...) goes back" not in str(error.value)
     with pytest.raises(sheer.NonFiniteError, match="There is no checkpoint"):
         run("other", always, rollback=OFTEN)  # of the first epoch nothing is left
 

@@ -117,6 +117,12 @@ def test_overfitting_sees_the_same_batches_each_epoch() -> None:
         )
 
 
+def test_a_fast_dev_run_of_a_script_that_resumes_starts_afresh(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(max_steps=3, run_dir="run", resume="auto", checkpoint=True)
+    assert fit(fast_dev_run=True, run_dir="run", resume="auto", checkpoint=True).step == 1
+    assert "(fast_dev_run: nothing is resumed or kept)" in capsys.readouterr().out
+
+
 def test_a_fast_dev_run_leaves_nothing_behind() -> None:
     result = fit(fast_dev_run=True, val=loader(), run_dir="run", checkpoint=True)
     assert result.metrics.keys() == {"val/loss", "val/error"} and result.last is None

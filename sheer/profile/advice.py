@@ -30,6 +30,7 @@ REMEDIES = {
     COPIED: "return the tensor as a metric, which is read at log points",
     MASKED: "torch.where, or a mean by weights, keeps the shape",
 }
+WORTH_WORKERS = 1e-3  # seconds of waiting a step: to take a batch from a worker costs the host about as much, by itself
 SMALL_KERNEL = 20e-6  # seconds; a kernel that takes less is over before the host has launched the next ones
 
 
@@ -59,13 +60,14 @@ def as_percent(part: float) -> str:
 def of_host(seen: Seen, shares: Mapping[str, float], whole_step: float) -> Iterator[tuple[float, str]]:
     """Yield what can be done about phases in which nothing is computed, each with the share of a step that it takes."""
     settings = seen.settings
-    if shares[DATA] >= CLEAR:
+    if shares[DATA] >= CLEAR and shares[DATA] * whole_step >= WORTH_WORKERS:
         yield shares[DATA], of_data(seen, shares[DATA], whole_step)
     if shares[COPY] >= CLEAR:
+        workers = ", and load in workers (num_workers=2), from which batches are copied beside the computation"
         yield (
             shares[COPY],
-            f"copying takes {as_percent(shares[COPY])} of a step: send less (bytes instead of floats, converted on the device), "
-            "and load in workers (num_workers=2), from which batches are copied beside the computation",
+            f"copying takes {as_percent(shares[COPY])} of a step: send less (bytes instead of floats, converted on the device)"
+            + (workers if seen.workers == 0 and shares[COPY] * whole_step >= WORTH_WORKERS else ""),
         )
     if shares[LOGGING] >= CLEAR:
         yield (

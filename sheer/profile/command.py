@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sheer.profile.advice import advise
-from sheer.profile.report import draw_steps, means_of, report_of_profile
+from sheer.profile.report import draw_steps, report_of_profile, typical_seconds
 from sheer.profile.script import watch_script
 from sheer.profile.trace import device_time
 
@@ -33,9 +33,9 @@ def profile_script(script: Path, arguments: Sequence[str], changes: Mapping[str,
         if not any(folder.iterdir()):
             folder.rmdir()
         raise
-    means = means_of(seen.steps)
-    total = sum(means.values())
+    typical = typical_seconds(seen.steps, seen.workers)
+    total = sum(typical.values())
     device = None if seen.device.type == "cpu" else device_time(folder / "trace.json", seen.recorded)
-    advice = advise(seen, {phase: taken / total for phase, taken in means.items()}, total, device)
+    advice = advise(seen, {phase: taken / total for phase, taken in typical.items()}, total, device)
     draw_steps(seen.steps, folder / "step.png")
-    return report_of_profile(str(script), seen, means, device, advice, folder)
+    return report_of_profile(str(script), seen, typical, device, advice, folder)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sheer.profile.advice import waits_of
-from sheer.profile.phases import PHASES, REST, Segment, seconds_of
+from sheer.profile.phases import CALLBACKS, DATA, LOGGING, PHASES, REST, SAVING, VALIDATION, Segment, seconds_of
 from sheer.profile.script import Seen
 from sheer.profile.trace import DeviceTime
 
+DUE = (LOGGING, VALIDATION, SAVING, CALLBACKS)  # not in each step
 UNEVEN = 3.0  # times the median
 COLOURS = (
     "#888888",
@@ -26,16 +28,25 @@ COLOURS = (
 )
 
 
-def means_of(steps: Sequence[list[Segment]]) -> dict[str, float]:
-    """Return how many seconds each phase takes in a step, on average. They add up to its time."""
+def typical_seconds(steps: Sequence[list[Segment]], workers: int | None = None) -> dict[str, float]:
+    """Return how many seconds each phase takes in a step: the median, which one hiccup does not move; on average what is due now and then.
+
+    Args:
+        steps: who had the clock when.
+        workers: of the loader; the batches of several come in bursts, so that waiting for them is due now and then as well.
+    """
     taken = [seconds_of(step) for step in steps]
-    return {phase: sum(step[phase] for step in taken) / len(steps) for phase in PHASES}
+    now_and_then = (*DUE, DATA) if workers else DUE
+    return {
+        phase: (statistics.fmean if phase in now_and_then else statistics.median)(step[phase] for step in taken)
+        for phase in PHASES
+    }
 
 
-def table_of_phases(means: Mapping[str, float], device: DeviceTime | None) -> str:
+def table_of_phases(typical: Mapping[str, float], device: DeviceTime | None) -> str:
     """Write the table; a phase that a run has not is left out."""
-    total = sum(means.values())
-    rows = [(phase, taken) for phase, taken in means.items() if taken > 0 or phase == REST]
+    total = sum(typical.values())
+    rows = [(phase, taken) for phase, taken in typical.items() if taken > 0 or phase == REST]
     width = max(len("device idle (host-bound gaps)"), *(len(phase) for phase, _ in rows))
     lines = [f"{'':{width}}  {'ms a step':>10}  {'share':>6}"]
     lines += [f"{phase:{width}}  {taken * 1e3:10.3f}  {taken / total:6.1%}" for phase, taken in rows]
@@ -60,7 +71,7 @@ def uneven(steps: Sequence[list[Segment]]) -> list[str]:
 
 
 def report_of_profile(
-    name: str, seen: Seen, means: Mapping[str, float], device: DeviceTime | None, advice: Sequence[str], folder: Path
+    name: str, seen: Seen, typical: Mapping[str, float], device: DeviceTime | None, advice: Sequence[str], folder: Path
 ) -> str:
     """Return all that is printed."""
     settings = seen.settings
@@ -73,7 +84,7 @@ def report_of_profile(
         ]
     )
     lines = [f"{name} ({ways}): {len(seen.steps)} steps timed, {seen.recorded} more recorded", ""]
-    lines += [table_of_phases(means, device), *uneven(seen.steps), "", "worth trying:"]
+    lines += [table_of_phases(typical, device), *uneven(seen.steps), "", "worth trying:"]
     lines += [f"  {number}. {text}" for number, text in enumerate(advice, 1)] or ["  nothing stands out"]
     if seen.syncs:
         lines += ["", "where the host waits in your own code:", *(f"  {text}" for text in waits_of(seen))]

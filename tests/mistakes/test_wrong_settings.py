@@ -93,9 +93,10 @@ def test_a_misspelt_precision_is_named_with_the_nearest(given: Any, near: str) -
     [
         ({"overfit_batches": 2, "limit_train_batches": 3}, ("overfit_batches=2", "limit_train_batches=3", "Give one")),
         (
-            {"fast_dev_run": True, "resume": "auto", "run_dir": "run"},
+            {"fast_dev_run": True, "resume": "old", "run_dir": "run"},
             ("fast_dev_run", "resume", "Leave one of them out"),
         ),
+        *(({name: ""}, (f"{name} is empty: give",)) for name in ("run_dir", "resume", "device", "monitor")),
         ({"resume": "auto"}, ('resume="auto"', "run_dir", 'Give run_dir="runs/<a name>"')),
         ({"gradient_clip_algorithm": "value"}, ('gradient_clip_algorithm="value"', "Give gradient_clip_val")),
         ({"monitor_mode": "max"}, ('monitor_mode="max"', "Give monitor=")),
