@@ -274,7 +274,7 @@ def facts_of(trainer: Any, kind: str, arguments: dict[str, Any], more_loaders: l
         loggers=tuple(
             _plugin(logger, labels.pop(0), state_names.get(id(logger), "")) for logger in trainer.plugins.loggers
         ),
-        none=tuple(name for name in NONE[kind] if not arguments.get(name) and arguments.get(name) is None),
+        none=tuple(name for name in NONE[kind] if arguments.get(name) is None),
         functions=tuple(
             what
             for what, made, kinds in (

@@ -16,7 +16,8 @@ from sheer.eject.fold import Known, fold
 from sheer.eject.inline import without_docstring
 from sheer.eject.program import Program, arguments_of, drop_parameter, replace_argument, replace_parameter
 from sheer.eject.records import fields_of, holders_of
-from sheer.eject.scope import assignments, bound_in, default_of, parameters, reads, walk
+from sheer.eject.scope import assignments, bodies_of, bound_in, default_of, parameters, reads, walk
+from sheer.eject.source import notes_of, with_notes
 
 _OTHERS = (dict, list, set, str, bytes, tuple, Path, torch.Tensor, nn.Module, torch.optim.Optimizer)
 
@@ -120,6 +121,33 @@ class _Without(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> ast.stmt | None:
         return ast.Pass() if id(node.value) in self.gone else node
+
+
+def call_for_nothing(program: Program) -> None:
+    """Write `x = f() or y`, where f is a method that returns nothing, as two statements."""
+    idle = {
+        (node.name, part.name)
+        for node in program.nodes.values()
+        if isinstance(node, ast.ClassDef)
+        for part in node.body
+        if isinstance(part, ast.FunctionDef) and is_constant(part.returns, None)
+    }
+    for function in program.functions():
+        for body in bodies_of(function):
+            for index in range(len(body) - 1, -1, -1):
+                statement = body[index]
+                value = statement.value if isinstance(statement, ast.Assign) else None
+                if not (isinstance(value, ast.BoolOp) and isinstance(value.op, ast.Or)):
+                    continue
+                called = value.values[0]
+                if isinstance(called, ast.Call) and isinstance(called.func, ast.Attribute):
+                    owner, name = called.func.value, called.func.attr
+                    if any(name == own and _is_of(program, function, owner, kind) for kind, own in idle):
+                        rest = value.values[1] if len(value.values) == 2 else ast.BoolOp(ast.Or(), value.values[1:])
+                        assert isinstance(statement, ast.Assign)
+                        notes = notes_of(statement)
+                        new = ast.Assign(statement.targets, rest)
+                        body[index : index + 1] = [with_notes(ast.Expr(called), notes), new]
 
 
 def _without_unread(method: ast.FunctionDef, calls: list[ast.Call]) -> None:

@@ -114,6 +114,7 @@ def ejected(script: Script, facts: Facts) -> Ejected:
             program.nodes[twin] = narrowed(node, calls)
     program.roots = {function.name for function in functions.values()} | set(used.values())
     kept = script.attributes() | (STEP_MODULE if facts.parallel is not None else frozenset())
+    kept |= rewrite.fields_of_result()
     kept |= OPERATION if "linear_cross_entropy" in used else frozenset()
     specialise(program, knowledge.known, RECORDS, knowledge.needless, kept, root=root.name)
     return assembled(script, rewrite, program, library, knowledge.settings, functions, used)
@@ -126,6 +127,8 @@ def refuse(script: Script, facts: Facts) -> None:
             raise Refusal(
                 f"{what} in {file}, which would stay imported. Do it in {script.path}, or eject that file's script."
             )
+    if any(plugin.name == "JSONL" and plugin.is_ours for plugin in facts.loggers):
+        raise Refusal(f"{script.path}: sheer.JSONL writes the file that is always written. Leave it out of loggers.")
     if facts.settings["activation_memory_budget"] < 1.0:
         raise Refusal(
             f"{script.path}: compile=Compile(activation_memory_budget=...) has no form without the library yet. Eject with compile=True: the steps "

@@ -63,6 +63,8 @@ class _WrittenOut(ast.NodeTransformer):
             given = node.args[0]
             if isinstance(given, ast.GeneratorExp):
                 return self.generic_visit(ast.ListComp(given.elt, given.generators))
+            if isinstance(given, ast.Call):
+                return self.generic_visit(node)
             return self.generic_visit(ast.List(given.elts, ast.Load()) if isinstance(given, ast.Tuple) else given)
         return self.generic_visit(node)
 

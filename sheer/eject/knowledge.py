@@ -250,7 +250,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         for event in dict.fromkeys(event for c in facts.callbacks for event in c.events)
     }
     shown = ", ".join(f"{event}=({labels},)" for event, labels in events.items())
-    loggers = ", ".join(f"{marked(logger.label)}," for logger in facts.loggers)
+    loggers = "".join(f"{marked(logger.label)}, " for logger in facts.loggers)
     places = ["compute.device", "compute.dtype"] if converts(facts) else ["compute.device"]
     answers: dict[str, Answer] = {
         "shuffles": lambda call: ast.Constant("shuffled" in facts.reads),
@@ -293,7 +293,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "run.watch.check": lambda call: parsed("plain_check(run.watch)"),
         "run.metrics.take_media": lambda call: parsed("{}"),
         "metrics.take_media": lambda call: parsed("{}"),
-        "run.metrics.set_aside": lambda call: parsed("[]"),
+        "run.metrics.set_aside": lambda call: None if "computed" in facts.uses else parsed("[]"),
         "compute.prepared": lambda call: ast.Call(parsed("move"), [*call.args, *map(parsed, places)], []),
         "named_loaders": lambda call: named_loaders_of(facts, call),
         "build_optimizer": lambda call: built(call.args[1], call.args[:1]),
@@ -321,8 +321,10 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
 
 def chosen_folder(facts: Facts) -> ast.expr:
     """Return the folder of the run."""
-    goes_on = facts.settings["resume"] == "auto"
-    return parsed(f"plain_folder(Path({'RUN_DIR' if facts.settings['run_dir'] is None else 'cfg.run_dir'}), {goes_on})")
+    goes_on, saves = facts.settings["resume"] == "auto", facts.settings["checkpoint"] is not None
+    return parsed(
+        f"plain_folder(Path({'RUN_DIR' if facts.settings['run_dir'] is None else 'cfg.run_dir'}), {goes_on}, {saves})"
+    )
 
 
 def found_checkpoint(facts: Facts, call: ast.Call) -> ast.expr:

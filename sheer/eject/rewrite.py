@@ -15,6 +15,7 @@ from sheer.eject.facts import Facts
 from sheer.eject.knowledge import argument_name
 from sheer.eject.scope import fresh, parameters
 from sheer.eject.script import Script
+from sheer.run import Result
 from sheer.settings import Settings
 
 MEDIA = ("Image", "Text", "Figure")
@@ -168,6 +169,14 @@ class Rewrite:
         calls = [self.script.parents[id(node)] for node in uses]
         made = [c for c, node in zip(calls, uses, strict=True) if isinstance(c, ast.Call) and c.func is node]
         return made if len(made) == len(uses) else []
+
+    def fields_of_result(self) -> frozenset[str]:
+        """Return the names of all that a result holds, where the script uses it as a whole: prints it, or hands it on."""
+        whole = self.result is None and not isinstance(self.script.statement(self.call), ast.Expr)
+        for node in ast.walk(self.script.tree) if self.result is not None else ():
+            is_read = isinstance(node, ast.Name) and node.id == self.result and isinstance(node.ctx, ast.Load)
+            whole |= is_read and not isinstance(self.script.parents[id(node)], ast.Attribute)
+        return frozenset(field.name for field in dataclasses.fields(Result)) if whole else frozenset()
 
     def freed(self) -> set[str]:
         """Return names that the script has for the library, and will not have any more."""

@@ -149,7 +149,14 @@ class Script:
         """Return what the imports at the head of the script bind, each as a statement of its own."""
         at = self.after_imports()
         head = [node for node in self.tree.body if self._offsets(node)[1] <= at]
-        return {statement for _, statement in imported(head)}
+        statements = dict(imported(head))
+        nested = [a for node in head if isinstance(node, ast.Import) for a in node.names if a.asname is not None]
+        same = {
+            f"from {outer} import {a.asname}"
+            for a in nested
+            if (outer := a.name.removesuffix(f".{a.asname}")) != a.name
+        }
+        return {*statements.values(), *same}  # `import torch.nn as nn` is `from torch import nn`
 
     def with_block(self, head: str, imports: str, block: str) -> str:
         """Return the text with all changes made: a head before the imports, new imports and definitions behind them."""

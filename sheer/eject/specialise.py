@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sheer.eject.blocks import inline_blocks
 from sheer.eject.bundle import bundle
-from sheer.eject.constants import bind_methods, drop_idle_methods, fold_attributes, pass_fields
+from sheer.eject.constants import bind_methods, call_for_nothing, drop_idle_methods, fold_attributes, pass_fields
 from sheer.eject.drop import Needless, drop
 from sheer.eject.fold import Known
 from sheer.eject.inline import inline_expressions, inline_procedures
@@ -94,6 +94,7 @@ def _settle(
         bind_parameters(program, known)
         bind_methods(program, known, kept)
         fold_attributes(program, known, kept)
+        call_for_nothing(program)
         drop_idle_methods(program, kept)
         inline_expressions(program)
         while inline_procedures(program, MOST_INLINED, records, looped) or inline_blocks(program):

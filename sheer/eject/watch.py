@@ -108,6 +108,16 @@ def elsewhere(tree: ast.Module, run_dir: str) -> ast.Module:
     return ast.fix_missing_locations(tree)
 
 
+def seed_all(seed: int) -> None:
+    """Seed the generators that a script may draw from."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def main(report: str, updates: str, run_dir: str, blocked: str, script: str, *arguments: str) -> None:
     """Run a script and write the report."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -118,6 +128,7 @@ def main(report: str, updates: str, run_dir: str, blocked: str, script: str, *ar
         sys.meta_path.insert(0, Blocker(blocked))
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).resolve().parent)
+    seed_all(0)  # a script that leaves its seeds to chance has the same in both processes
     tree = ast.parse(Path(script).read_text())
     if blocked != "-":
         tree = elsewhere(tree, run_dir)

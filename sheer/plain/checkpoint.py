@@ -72,6 +72,7 @@ def plain_newest_good(directory: Path) -> Path | None:
             return path
     if found:
         raise RuntimeError(f"No checkpoint in {directory} is as it was written. To start anew, give another run_dir.")
+    (directory.parent / "metrics.jsonl").write_text("")  # of a run that was killed before its first save
     return None
 
 

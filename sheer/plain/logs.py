@@ -77,9 +77,11 @@ def plain_session(run: Run) -> Iterator[None]:
             logger.close()
 
 
-def plain_folder(run_dir: Path, goes_on: bool) -> Path:
+def plain_folder(run_dir: Path, goes_on: bool, saves: bool) -> Path:
     """Make the folder of a run; one that is there is refused, unless the run goes on."""
     run_dir.mkdir(parents=True, exist_ok=goes_on)
+    if saves:
+        (run_dir / "metrics.jsonl").touch()  # a checkpoint notes how long it is
     return run_dir
 
 

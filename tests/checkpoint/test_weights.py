@@ -209,7 +209,7 @@ def test_that_nothing_fits_is_an_error_and_no_rename_is_advised_that_would_not_f
     with pytest.raises(RunError, match=r"Nothing in .* fits the model, so nothing is loaded:\n  not in") as error:
         sheer.load_weights(net, source, strict=False)
     assert "rename" not in str(error.value)
-    with pytest.raises(RunError, match=r"another model:[^=]*$"):
+    with pytest.raises(RunError, match=r"another model:(?![\s\S]*rename=)"):
         sheer.load_weights(net, source)
     assert_same(net.state_dict(), before)
 

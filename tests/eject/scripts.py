@@ -118,6 +118,36 @@ ROWS: dict[str, str] = {
     "compile": script(f"max_steps=3, compile=True, {OFF}"),
 }
 
+STREAM = """class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(list(zip(x[:40], y[:40])))
+
+
+val_loader = DataLoader(Stream(), 16)
+"""
+COUNTED = """class Counted:
+    def __init__(self):
+        self.seen = 0
+
+    def update(self, values):
+        self.seen += int(values.sum())
+
+    def compute(self):
+        return self.seen
+
+    def reset(self):
+        self.seen = 0
+
+
+counted = Counted()
+
+
+def step(model, batch):
+    counted.update(batch[1])
+    return {"loss": F.cross_entropy(model(batch[0]), batch[1]), "ones": counted}
+
+
+"""
 BARE = """def step(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
 
@@ -243,6 +273,19 @@ ROWS |= {
     "overfit": script(f"max_epochs=3, overfit_batches=2, {OFF}"),
     "list": script(f"max_epochs=2, {OFF}", "model, step, list(train_loader), val_loader, optimizer=optimizer"),
     "fast": script("fast_dev_run=2, log_every_n_steps=1"),
+    "two loggers": script(f"max_steps=9, loggers=[sheer.CSV(), sheer.TensorBoard()], {OFF}"),
+    "another loader in parts": script(
+        f"max_epochs=2, accumulate_grad_batches=4, {OFF}",
+        "model, step, list(train_loader), val_loader, optimizer=optimizer",
+    ),
+    "saved before a line is logged": script(
+        "max_steps=9, log_every_n_steps=100, checkpoint=sheer.Checkpoint(every_n_steps=2), run_dir='runs/here'"
+    ),
+    "validated on a stream": script(f"max_epochs=2, {OFF}", before=STREAM),
+    "imported by another name": script(f"max_steps=9, {OFF}").replace(
+        "import sheer\nimport torch\nfrom torch import nn\n", "import os, torch, sheer\nimport torch.nn as nn\n"
+    ),
+    "counted by an object": script(f"max_steps=14, validate_every_n_steps=3, {OFF}", before=COUNTED),
 }
 
 # What scripts do with a trainer besides one call of fit at the top. What they find out goes into a file beside them, which is compared.

@@ -8,7 +8,7 @@ import pytest
 
 from sheer.eject.blocks import inline_blocks
 from sheer.eject.bundle import bundle
-from sheer.eject.constants import bind_methods, fold_attributes, pass_fields
+from sheer.eject.constants import bind_methods, call_for_nothing, fold_attributes, pass_fields
 from sheer.eject.drop import Needless, drop
 from sheer.eject.fold import Known
 from sheer.eject.normalise import normalise
@@ -265,6 +265,13 @@ def test_where_a_call_is_not_known_the_record_stays(main: str) -> None:
     before = text_of(made)
     pass_fields(made, ["Info"], frozenset())
     assert text_of(made) == before
+
+
+def test_what_returns_nothing_decides_nothing() -> None:
+    text = f"{BOARD}def main(board: Board, other: Other, x):\n    x = board.told() or x\n    x = other.told() or x\n"
+    made = program(text, "main")
+    call_for_nothing(made)
+    assert "    board.told()\n    x = x\n    x = other.told() or x" in text_of(made)
 
 
 def test_a_parameter_is_of_the_class_that_all_calls_pass() -> None:

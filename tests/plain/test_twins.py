@@ -254,3 +254,10 @@ def test_checkpoints_are_read_and_pruned_by_the_other(tmp_path: Path) -> None:
         (newest / "model.safetensors").write_bytes(b"damaged")
         older = plain_newest_good(folder)
         assert older is not None and older.name == "step-00000007"
+
+
+def test_where_nothing_was_saved_the_log_begins_anew(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 4}\n')  # a run was killed before its first save
+    assert plain_newest_good(tmp_path / "checkpoints") is None
+    assert log.read_text() == ""

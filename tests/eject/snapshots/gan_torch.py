@@ -63,6 +63,7 @@ def newest_good(directory: Path) -> Path | None:
             return path
     if found:
         raise RuntimeError(f"No checkpoint in {directory} is as it was written. To start anew, give another run_dir.")
+    (directory.parent / "metrics.jsonl").write_text("")  # of a run that was killed before its first save
     return None
 
 
@@ -674,6 +675,7 @@ def start_loop(model: nn.Module, optimizers: Mapping[str, Any]) -> Loop:
     model.to(compute.device)
     run_dir = Path(RUN_DIR)
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "metrics.jsonl").touch()  # a checkpoint notes how long it is
     checkpoint = newest_good(run_dir / "checkpoints")
     manifest = json.loads((checkpoint / "manifest.json").read_text()) if checkpoint is not None else None
     run_id = manifest["run_id"] if manifest is not None else secrets.token_hex(4)

@@ -255,6 +255,7 @@ def newest_good(directory: Path) -> Path | None:
             return path
     if found:
         raise RuntimeError(f"No checkpoint in {directory} is as it was written. To start anew, give another run_dir.")
+    (directory.parent / "metrics.jsonl").write_text("")  # of a run that was killed before its first save
     return None
 
 
@@ -621,6 +622,7 @@ def fit(
     scheduler = make_scheduler(optimizer, MAX_STEPS)
     run_dir = Path(folder)
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "metrics.jsonl").touch()  # a checkpoint notes how long it is
     checkpoint = newest_good(run_dir / "checkpoints")
     manifest = json.loads((checkpoint / "manifest.json").read_text()) if checkpoint is not None else None
     run_id = manifest["run_id"] if manifest is not None else secrets.token_hex(4)
@@ -675,7 +677,7 @@ def fit(
                 run.progress.metrics = measured
                 run.progress.validated_at = run.progress.step
                 report(tensor_board, run_dir, run.progress, measured)
-            stop = throughput.on_step_end() or stop
+            throughput.on_step_end()
 
             if signals.received is not None and stop is None:
                 stop = signals.received
