@@ -172,6 +172,8 @@ class Rewrite:
 
     def fields_of_result(self) -> frozenset[str]:
         """Return the names of all that a result holds, where the script uses it as a whole: prints it, or hands it on."""
+        if self.facts.kind != "fit":
+            return frozenset()
         whole = self.result is None and not isinstance(self.script.statement(self.call), ast.Expr)
         for node in ast.walk(self.script.tree) if self.result is not None else ():
             is_read = isinstance(node, ast.Name) and node.id == self.result and isinstance(node.ctx, ast.Load)
