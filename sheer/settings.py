@@ -27,12 +27,13 @@ PipelineSchedule = Literal[
 ]  # fmt: skip
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # of the mesh of ranks, outermost first
 CompileMode = Literal["blocks", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+# Settings that are strings, and what each may be.
 NAMED = {
     "device": '"auto", or one such as "cpu" or "cuda"',
     "monitor": 'a metric such as "val/loss", or None for none',
     "run_dir": "a folder, or None for one named by the time",
     "resume": '"auto" or a checkpoint, or None for a new run',
-}  # settings that are strings, and what each may be
+}
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of compile: they capture CUDA graphs themselves
 
 

@@ -71,8 +71,9 @@ def _packed(value: PackedSequence, device: torch.device, dtype: torch.dtype | No
 
 def _rebuilt(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     """Return a mapping of the same class with other values; a plain dict where the class cannot be built from one."""
+    kind: Any = type(mapping)
     try:
-        return type(mapping)(items)  # type: ignore[call-arg]
+        return kind(items)
     except TypeError:
         return items
 

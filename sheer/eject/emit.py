@@ -15,10 +15,8 @@ from sheer.eject.scope import bound_in, walk
 from sheer.eject.source import Definition, imported, notes_of, unparse
 from sheer.settings import Checkpoint, Parallel, Settings
 
-PARTS: dict[str, type[Checkpoint | Parallel]] = {
-    "checkpoint": Checkpoint,
-    "parallel": Parallel,
-}  # settings that are records
+# Settings that are records.
+PARTS: dict[str, type[Checkpoint | Parallel]] = {"checkpoint": Checkpoint, "parallel": Parallel}
 ERRORS = {
     "NonFiniteError": "FloatingPointError",
     "RunError": "RuntimeError",

@@ -54,32 +54,15 @@ def walk(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
 
 # Fields that hold no nodes.
 _LEAVES = frozenset(
-    {
-        "ctx",
-        "op",
-        "ops",
-        "id",
-        "attr",
-        "arg",
-        "asname",
-        "conversion",
-        "is_async",
-        "kind",
-        "kwd_attrs",
-        "level",
-        "module",
-        "name",
-        "rest",
-        "simple",
-        "type_comment",
-    }
-)
+    (
+        "ctx", "op", "ops", "id", "attr", "arg", "asname", "conversion", "is_async", "kind", "kwd_attrs", "level", "module", "name", "rest", "simple", "type_comment",
+    )
+)  # fmt: skip
 _HOLD_NOTHING = frozenset(
     {ast.Name, ast.Constant, ast.Global, ast.Nonlocal, ast.Pass, ast.Break, ast.Continue, ast.MatchSingleton}
 )
-_FIELDS: dict[
-    type[ast.AST], tuple[str, ...]
-] = {}  # of each other kind of node those that may hold others, the last first
+# Of each other kind of node the fields that may hold others, the last first.
+_FIELDS: dict[type[ast.AST], tuple[str, ...]] = {}
 
 
 def statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:

@@ -69,7 +69,6 @@ def specialise(
     use_numbered_directly(program)
     fold_all(program, known)
     tidy_names(program)
-    tidy_names(program)
     bundle(program, root)
     pass_in_order(program)
 

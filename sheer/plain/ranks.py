@@ -218,7 +218,7 @@ def plain_rank_zero_report(run: Run, metrics: dict[str, float]) -> None:
     if run.ranks is not None and run.ranks.rank == 0:
         record = {"epoch": run.progress.epoch, **metrics}
         plain_log(run, run.progress.step, record)
-        plain_console_log(run.progress.step, record)
+        plain_console_log(run.progress.step, metrics)
 
 
 def plain_check_on_ranks(watched: list[tuple[int, str, Tensor]]) -> None:

@@ -204,8 +204,9 @@ def test_compiled_it_has_the_same_gradients() -> None:
 
 
 def test_a_layer_in_place_of_its_weight_and_targets_that_are_no_classes() -> None:
-    layer, hidden, targets = nn.Linear(4, 3), torch.ones(2, 4), torch.zeros(2, dtype=torch.int64)
+    layer: Any = nn.Linear(4, 3)
+    hidden, targets = torch.ones(2, 4), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(sheer.StepError, match=r"a Tensor, a Linear and a Tensor. Of a layer give layer.weight"):
-        sheer.linear_cross_entropy(hidden, layer, targets)  # type: ignore[arg-type]
+        sheer.linear_cross_entropy(hidden, layer, targets)
     with pytest.raises(sheer.StepError, match=r"its targets are torch.float32"):
         sheer.linear_cross_entropy(hidden, layer.weight, targets.float())

@@ -171,12 +171,7 @@ def rank_zero_report(rank: int, run_dir: Path, step: int, epoch: int, metrics: d
     if rank == 0:
         with (run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), "epoch": epoch, **metrics}) + "\n")
-        print(
-            f"step {step:,}",
-            *(f"{name} {value:.4g}" for name, value in {"epoch": epoch, **metrics}.items()),
-            sep=" · ",
-            flush=True,
-        )
+        print(f"step {step:,}", *(f"{name} {value:.4g}" for name, value in metrics.items()), sep=" · ", flush=True)
 
 
 def evaluate(
