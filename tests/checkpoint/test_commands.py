@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress
 from safetensors.torch import load_file
 from torch.optim import AdamW
 from typer.testing import CliRunner, Result
 
 import sheer
+from sheer.checkpoint.commands import bars
 from sheer.checkpoint.disk import Disk
 from sheer.checkpoint.read import stored_in
 from sheer.checkpoint.store import MANIFEST, read_manifest, verify
@@ -300,3 +302,31 @@ def test_what_a_save_writes_is_json_that_other_tools_read() -> None:
     path = write_parts(FOLDER)
     assert json.loads((path / MANIFEST).read_text())["step"] == 4
     assert stored_in(path, read_manifest(path), "model")["wide.weight"].tolist() == weights()["wide.weight"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("verify", FOLDER / "step-00000004"), 0),
+        (("diff", FOLDER / "step-00000002", FOLDER / "step-00000004"), 1),  # they differ
+        (("export", "run", "-o", "out.safetensors"), 0),
+    ],
+)
+def test_a_bar_moves_with_what_is_read_where_somebody_sees_it(
+    words: tuple[Any, ...], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained()
+    moved: list[float] = []
+    advance = Progress.advance
+
+    def noted(bar: Progress, task: Any, by: float = 1) -> None:
+        moved.append(by)
+        advance(bar, task, by)
+
+    monkeypatch.setattr(Progress, "advance", noted)
+    assert sheer_checkpoint(*words).exit_code == status
+    size = sum(facts["size"] for facts in read_manifest(FOLDER / "step-00000004")["files"].values())
+    assert sum(moved) >= (size if words[0] == "verify" else 1)
+    assert bars().disable
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert not bars().disable
