@@ -49,7 +49,7 @@ def test_options_come_before_slurm_and_one_machine_needs_none() -> None:
 @pytest.mark.parametrize(
     ("nproc", "nnodes", "node_rank", "endpoint", "message"),
     [
-        ("two", None, None, None, 'a number, "auto", "gpu" or "cpu"'),
+        ("two", None, None, None, "two must be a number of ranks"),
         ("2", "3:2", None, "host:1", "the least and the most"),
         ("2", "2", None, None, "needs --rdzv-endpoint"),
         ("2", "2", 2, "host:1", "one of 0 to 1"),
