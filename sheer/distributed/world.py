@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from sheer.errors import SettingsError
 
 TIMEOUT = 600.0  # seconds that ranks wait for each other where no trainer has said
+LETTING_GO = 0.2  # seconds that threads of the process group have to let go of what they sent last
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,16 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def leave() -> None:
-    """Part from the other processes, if this one met them."""
+    """Part from the other processes, if this one met them.
+
+    A thread of gloo lets go of the tensors of a collective a moment after it has said that the collective is done. If Python is closing down
+    by then, that aborts the process. `destroy_process_group` does not wait for such threads where a model or mesh holds the group too
+    (https://github.com/pytorch/pytorch/pull/179291), and nothing public says that they are done: on a busy machine one of nine ranks
+    aborted after it had finished its work.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(LETTING_GO)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -61,6 +62,7 @@ def plain_own_device(device: torch.device) -> torch.device:
 def plain_join(seconds: float) -> None:
     """Meet the other ranks; from then on each waits for the others at most so long."""
     dist.init_process_group(timeout=timedelta(seconds=seconds))
+    atexit.register(time.sleep, 0.2)  # last at exit: a thread of gloo that lets go of a tensor later aborts the process
     atexit.register(dist.destroy_process_group)
 
 

@@ -212,6 +212,7 @@ def evaluate(
 def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any, optimizer: Optimizer) -> None:
     """Train the model."""
     dist.init_process_group(timeout=timedelta(seconds=600.0))
+    atexit.register(time.sleep, 0.2)  # last at exit: a thread of gloo that lets go of a tensor later aborts the process
     atexit.register(dist.destroy_process_group)
     device = own_device(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     autocast = torch.autocast(device.type, dtype=torch.bfloat16)
