@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from sheer.checkpoint.codec import encode
 from sheer.data.source import generators_of
 from sheer.distributed.steps import evaluator_of
-from sheer.errors import ModelError, SettingsError, SheerWarning
+from sheer.errors import ModelError, SettingsError, SheerWarning, user_level
 from sheer.evaluation import Evaluation, evaluate, named_loaders
 from sheer.events import Follows
 from sheer.metrics import Computed, contents, put_back
@@ -57,7 +57,7 @@ def check_start(cfg: Settings, plugins: Plugins, model: nn.Module) -> None:
         warnings.warn(
             f'monitor={cfg.monitor!r} with monitor_mode="min" keeps the checkpoint where it is lowest. If more is better, set monitor_mode="max".',
             SheerWarning,
-            stacklevel=2,
+            stacklevel=user_level(),
         )
     averaging = [type(callback).__name__ for callback in plugins.callbacks if hasattr(callback, "averages")]
     if len(averaging) > 1:
@@ -83,7 +83,7 @@ def refuse_unfollowed(cfg: Settings, validation: Evaluation | None, scheduler: A
         warnings.warn(
             "validate_every_n_steps and validate_first do nothing: fit was given no val_loader.",
             SheerWarning,
-            stacklevel=4,
+            stacklevel=user_level(),
         )
 
 

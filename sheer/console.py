@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sheer.errors import SheerWarning
+from sheer.errors import SheerWarning, user_level
 from sheer.progress import Progress
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class Console:
             self.close()
             self.file = Path(os.devnull).open("w")  # noqa: SIM115
             warnings.warn(
-                f"The console cannot print any more, and training goes on: {error}.", SheerWarning, stacklevel=2
+                f"The console cannot print any more, and training goes on: {error}.",
+                SheerWarning,
+                stacklevel=user_level(),
             )
 
     def open(self, progress: Progress, total: int | None) -> None:

@@ -1,5 +1,10 @@
 """The errors and the warning that Sheer raises for what a user can mend. Each says what was wrong, what was expected, what to do."""
 
+import sys
+
+# Modules that are not the user's, and may be between a warning and the line that led to it.
+BETWEEN = frozenset({"sheer", "torch", *sys.stdlib_module_names})
+
 
 class SheerError(Exception):
     """The base of all errors of Sheer's own."""
@@ -52,3 +57,13 @@ class BadStepsError(NonFiniteError):
 
 class SheerWarning(UserWarning):
     """Something that Sheer did or left undone, and that a user would want to know."""
+
+
+def user_level() -> int:
+    """Return the `stacklevel` with which a warning of the caller points at the user's line that led to it; 1 where there is none, as at exit."""
+    level, frame = 1, sys._getframe().f_back
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in BETWEEN:
+            return level
+        level, frame = level + 1, frame.f_back
+    return 1

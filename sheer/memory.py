@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sheer.data.batch import StepBatch, micro_batches
 from sheer.distributed.agree import gathered
-from sheer.errors import DataError, SheerWarning
+from sheer.errors import DataError, SheerWarning, user_level
 from sheer.loss import Step
 from sheer.random import set_generators
 from sheer.run import Run
@@ -139,5 +139,7 @@ def warn_of_traces(run: Run) -> None:
         )
     for warning in said:
         warnings.warn(
-            f"Step {run.progress.step} ran out of memory and is done again. {warning}", SheerWarning, stacklevel=5
+            f"Step {run.progress.step} ran out of memory and is done again. {warning}",
+            SheerWarning,
+            stacklevel=user_level(),
         )

@@ -21,7 +21,7 @@ from sheer.data.batch import StepBatch
 from sheer.data.shares import alone_or_counted
 from sheer.distributed.mesh import form_ranks
 from sheer.distributed.wrap import Parallelize
-from sheer.errors import RunError, SettingsError, SheerWarning
+from sheer.errors import RunError, SettingsError, SheerWarning, user_level
 from sheer.evaluation import Evaluation
 from sheer.loop import begin, begin_step, count_batches, end_step, finish, log_training, save_and_tell, validate
 from sheer.loss import Step
@@ -74,15 +74,17 @@ def check_loop(cfg: Settings, optimizers: Mapping[str, Any], schedulers: Mapping
         warnings.warn(
             "cuda_graph=True captures the steps of fit; those of a loop of your own are made without.",
             SheerWarning,
-            stacklevel=4,
+            stacklevel=user_level(),
         )
     if cfg.autotune:
-        warnings.warn("autotune=True tunes fit; a loop of your own is trained as it is.", SheerWarning, stacklevel=4)
+        warnings.warn(
+            "autotune=True tunes fit; a loop of your own is trained as it is.", SheerWarning, stacklevel=user_level()
+        )
     if cfg.validate_every_n_steps is not None or cfg.validate_first:
         warnings.warn(
             "validate_every_n_steps and validate_first do nothing in a loop of your own: call run.evaluate(step, loader) where you want it.",
             SheerWarning,
-            stacklevel=4,
+            stacklevel=user_level(),
         )
 
 
@@ -223,7 +225,7 @@ class Loop:
         warnings.warn(
             "The script ended without run.finish(), which is done now. Call it behind the loop, or write `with trainer.start(...) as run:`.",
             SheerWarning,
-            stacklevel=1,
+            stacklevel=user_level(),
         )
         self.finish()
 
@@ -354,7 +356,7 @@ class Loop:
                 f"monitor={self._cfg.monitor!r} is a metric of the validation, and there was none: call run.evaluate in the loop."
             )
         for warning in said:
-            warnings.warn(warning, SheerWarning, stacklevel=3)
+            warnings.warn(warning, SheerWarning, stacklevel=user_level())
 
     def _takes_number(self, step: Step) -> bool:
         """Whether a step function takes the step's number; looked up once for each."""

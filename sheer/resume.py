@@ -19,7 +19,7 @@ from sheer.data.order import mix_seed
 from sheer.distributed.agree import agreed, any_rank, first_of, is_other_rank
 from sheer.distributed.mesh import Ranks
 from sheer.due import DURATIONS, duration_over
-from sheer.errors import RunError, SheerWarning
+from sheer.errors import RunError, SheerWarning, user_level
 from sheer.metrics import put_together
 from sheer.random import random_state, seed_process, set_random_state
 from sheer.run import Run
@@ -72,7 +72,7 @@ def verified(disk: Folder, names: Sequence[str], ranks: Ranks | None) -> Iterato
         if wrong is None:
             yield path
         elif not is_other_rank(ranks):
-            warnings.warn(f"{wrong} Going back to the checkpoint before it.", SheerWarning, stacklevel=2)
+            warnings.warn(f"{wrong} Going back to the checkpoint before it.", SheerWarning, stacklevel=user_level())
 
 
 def found_wrong(disk: Folder, name: str, ranks: Ranks | None) -> tuple[Path, str | None]:
@@ -207,7 +207,7 @@ def warn_of_changes(run: Run, state: dict[str, Any]) -> None:
             "number, so the learning rate may jump."
         )
     for warning in said:
-        warnings.warn(warning, SheerWarning, stacklevel=5)
+        warnings.warn(warning, SheerWarning, stacklevel=user_level())
 
 
 def open_data(data: TrainingData | None, state: dict[str, Any] | None) -> Callable[[], None] | None:

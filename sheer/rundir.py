@@ -18,7 +18,7 @@ import torch
 
 from sheer.checkpoint.disk import sync
 from sheer.checkpoint.store import sealed
-from sheer.errors import RunError, SettingsError, SheerWarning
+from sheer.errors import RunError, SettingsError, SheerWarning, user_level
 from sheer.launch import overrides
 from sheer.settings import Settings
 from sheer.version import __version__
@@ -110,7 +110,9 @@ def warn_of_differences(path: Path, record: Mapping[str, Any], hparams: Any, see
         said.append(f"seed: {record['seed']} then, {seed} now (the order of the data stays that of the first)")
     if said:
         warnings.warn(
-            f"The run in {path} goes on with other hyper-parameters: {'; '.join(said)}.", SheerWarning, stacklevel=5
+            f"The run in {path} goes on with other hyper-parameters: {'; '.join(said)}.",
+            SheerWarning,
+            stacklevel=user_level(),
         )
 
 

@@ -17,7 +17,7 @@ from sheer.distributed.gradients import clip_to, clip_values_to, global_norm, me
 from sheer.distributed.layers import Pipeline
 from sheer.distributed.sequence import sharing_sequences
 from sheer.distributed.steps import parts_of_rank, step_on_ranks, synchronised_last, weightless
-from sheer.errors import NonFiniteError, SheerWarning, StepError
+from sheer.errors import NonFiniteError, SheerWarning, StepError, user_level
 from sheer.loss import Step, loss_in, no_loss
 from sheer.metrics import Mean, Number, contents
 from sheer.run import Run
@@ -210,7 +210,7 @@ def check_first_gradients(run: Run, optimizer: Optimizer) -> None:
             f"The loss of step {run.progress.step} gave no gradient to {shown}: no update changes {'it' if len(left) == 1 else 'them'} unless a later "
             "loss depends on it. Where that is meant, freeze with requires_grad_(False).",
             SheerWarning,
-            stacklevel=4,
+            stacklevel=user_level(),
         )
 
 

@@ -24,7 +24,7 @@ from sheer.checkpoint.foreign import (
 )
 from sheer.checkpoint.read import read_shared_state, stored_in
 from sheer.checkpoint.store import MANIFEST, brought, committed, read_manifest
-from sheer.errors import RunError, SettingsError, SheerWarning
+from sheer.errors import RunError, SettingsError, SheerWarning, user_level
 from sheer.rundir import read_record
 
 
@@ -221,7 +221,7 @@ def load_model(
             )
         if not any(name in stored and name not in misfits for name in own):
             raise RunError(f"Nothing in {source} fits the model, so nothing is loaded:\n{said}")
-        warnings.warn(f"Not all of the weights in {source} are loaded:\n{said}", SheerWarning, stacklevel=3)
+        warnings.warn(f"Not all of the weights in {source} are loaded:\n{said}", SheerWarning, stacklevel=user_level())
     with torch.no_grad():
         state = {
             name: stored.like(name, value)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from sheer.errors import SettingsError, SheerWarning
+from sheer.errors import SettingsError, SheerWarning, user_level
 from sheer.events import RunInfo, starts_anew
 
 
@@ -69,7 +69,9 @@ class EarlyStopping:
             )
         value = metrics[self.follows]
         if math.isnan(value):
-            warnings.warn(f"{self.follows} is NaN at step {step}: no improvement.", SheerWarning, stacklevel=2)
+            warnings.warn(
+                f"{self.follows} is NaN at step {step}: no improvement.", SheerWarning, stacklevel=user_level()
+            )
         if self._sign * value < self._best - self.min_delta:
             self._best, self._best_step, self._waited = self._sign * value, step, 0
             return None

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sheer.averaging import AveragedWeights
-from sheer.errors import SettingsError, SheerWarning
+from sheer.errors import SettingsError, SheerWarning, user_level
 from sheer.events import RunInfo
 
 
@@ -87,5 +87,5 @@ class EMA:
             warnings.warn(
                 f"The averages were made with EMA(decay={state['decay']!r}), and go on with decay={self.decay!r}.",
                 SheerWarning,
-                stacklevel=2,
+                stacklevel=user_level(),
             )

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn, update_bn
 from sheer.averaging import AveragedWeights, copy_into
 from sheer.build import TRUE_DTYPES
 from sheer.data.batch import move
-from sheer.errors import SettingsError, SheerWarning
+from sheer.errors import SettingsError, SheerWarning, user_level
 from sheer.events import RunInfo
 from sheer.random import random_state, seed_everything, set_random_state
 from sheer.schedules import set_rate
@@ -89,7 +89,7 @@ class SWA:
             warnings.warn(
                 f"SWA will average nothing: its first average is that of step {self._start + self._every:,}, and the run ends at step {last:,}.",
                 SheerWarning,
-                stacklevel=2,
+                stacklevel=user_level(),
             )
         self._groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
         self._weights.bind(model, optimizers)

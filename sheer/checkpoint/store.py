@@ -25,7 +25,7 @@ from torch import Tensor
 from sheer.checkpoint.bucket import Folder
 from sheer.checkpoint.disk import step_of, sync
 from sheer.checkpoint.layout import Part
-from sheer.errors import RunError, SheerWarning
+from sheer.errors import RunError, SheerWarning, user_level
 from sheer.version import __version__
 
 FORMAT = 2
@@ -252,7 +252,7 @@ def committed(disk: Folder, *, quiet: bool = False) -> list[Saved]:
                 manifest = manifest_from(text, f"{disk}/{name}", name)
             except RunError as error:
                 if not quiet:
-                    warnings.warn(f"{error} The checkpoint is passed over.", SheerWarning, stacklevel=2)
+                    warnings.warn(f"{error} The checkpoint is passed over.", SheerWarning, stacklevel=user_level())
                 continue
             found.append(Saved(path, manifest["step"], numbers_in(manifest["metrics"]), manifest))
     return found

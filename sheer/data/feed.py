@@ -17,7 +17,7 @@ from sheer.data.shares import counted_steps, grouped_shares, with_own_sequences
 from sheer.data.source import GlobalOrderSource, IterableSource, Source, Taken
 from sheer.distributed.agree import gathered
 from sheer.distributed.mesh import Ranks
-from sheer.errors import DataError, SheerWarning
+from sheer.errors import DataError, SheerWarning, user_level
 from sheer.progress import Progress
 from sheer.random import random_state, set_random_state, snapshot
 
@@ -108,7 +108,7 @@ class TrainingData:
                     f"The training loader says that it has {self.batches_per_epoch} batches and gives more, which are left out. Its __len__ is "
                     "wrong, or several workers each yield the whole dataset (see torch.utils.data.get_worker_info).",
                     SheerWarning,
-                    stacklevel=2,
+                    stacklevel=user_level(),
                 )
             del opened, batches  # and with them their workers, before the next epoch starts its own
 

@@ -16,7 +16,7 @@ from sheer.data.order import GlobalSampler, limited, share
 from sheer.distributed.agree import from_rank_zero, gathered, samples_of_ranks
 from sheer.distributed.mesh import Ranks
 from sheer.distributed.sequence import own_sequences
-from sheer.errors import DataError, SheerWarning
+from sheer.errors import DataError, SheerWarning, user_level
 
 
 class Shares(Sampler[list[int]]):
@@ -110,7 +110,7 @@ def warn_of_the_same(step: StepBatch) -> None:
             f"The loaders of all {len(marks)} ranks began with the same batch. If each yields the whole dataset, an epoch trains on each sample "
             f"{len(marks)} times: let it yield the rank's share (trainer.rank, trainer.world_size).",
             SheerWarning,
-            stacklevel=2,
+            stacklevel=user_level(),
         )
 
 

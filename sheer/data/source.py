@@ -28,7 +28,7 @@ from sheer.data.order import GlobalSampler, mix_seed
 from sheer.data.shares import GlobalBatches, Shares, cut_shares, with_options_of
 from sheer.distributed.agree import agreed, is_other_rank
 from sheer.distributed.mesh import Ranks
-from sheer.errors import DataError, SheerWarning
+from sheer.errors import DataError, SheerWarning, user_level
 from sheer.random import random_state, seed_sample, set_generators, set_random_state, set_states_of, states_of
 
 Taken = tuple[Any, ...]  # a batch and its samples; behind them those of the whole batch, where it is a part of one
@@ -395,7 +395,7 @@ class IterableSource:
                 f"trains on each sample {workers} times: let __iter__ yield the worker's share (torch.utils.data.get_worker_info), or set "
                 "num_workers=1.",
                 SheerWarning,
-                stacklevel=2,
+                stacklevel=user_level(),
             )
         return itertools.chain(iter(first), batches)
 

@@ -262,6 +262,7 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "holds_means": lambda call: None if "Mean" in facts.uses else ast.Constant(False),
         "end_by_callbacks": lambda call: ast.Constant(bool(facts.stops)),
         "end_anywhere": lambda call: ast.Constant(bool({"step_end", "epoch_end"} & set(facts.stops))),
+        "user_level": lambda call: ast.Constant(2),  # there is no library to look beyond
         "starts_anew": lambda call: ast.Constant(False),  # no object of a script was in another run
         "named": lambda call: named_of(facts, call.args[0]),
         "taking_back": lambda call: named_of(facts, call.args[0], [c for c in facts.loggers if facts.reopens(c)]),

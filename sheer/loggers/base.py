@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sheer.console import Console
-from sheer.errors import SettingsError, SheerWarning
+from sheer.errors import SettingsError, SheerWarning, user_level
 from sheer.events import RunInfo, named
 from sheer.metrics import Figure, Image, Media, Text
 
@@ -135,7 +135,7 @@ class Loggers:
                 warnings.warn(
                     f"{type(logger).__name__}.{what} failed, and training goes on: {type(error).__name__}: {error}. {consequence}",
                     SheerWarning,
-                    stacklevel=3,
+                    stacklevel=user_level(),
                 )
             return False
         return True
@@ -150,7 +150,7 @@ class Loggers:
                     f"{names} cannot show {kinds[type(item)]}, so {name!r} is dropped, and so are all that follow. Add a logger "
                     "that shows them, as loggers=[sheer.TensorBoard()] does.",
                     SheerWarning,
-                    stacklevel=3,
+                    stacklevel=user_level(),
                 )
 
 

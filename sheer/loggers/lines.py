@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from pathlib import Path
 
-from sheer.errors import SheerWarning
+from sheer.errors import SheerWarning, user_level
 
 
 class LineFile:
@@ -75,5 +75,5 @@ def warn_of_other_lines(path: Path, saved: str | None, found: str, step: int) ->
             f"{path} is damaged or was edited: its lines up to step {step:,} are not those that were written (SHA-256) when the checkpoint of that "
             "step was saved. The run goes on: what it trains does not depend on them.",
             SheerWarning,
-            stacklevel=2,
+            stacklevel=user_level(),
         )

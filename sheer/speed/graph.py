@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sheer.data.batch import StepBatch
-from sheer.errors import SheerWarning
+from sheer.errors import SheerWarning, user_level
 from sheer.loss import Step
 from sheer.random import random_state, set_random_state, snapshot
 from sheer.run import Run
@@ -61,7 +61,7 @@ class Graphs:
         self.run.graphless = reason
         self.captured = {}
         self.rates.release()
-        warnings.warn(f"cuda_graph: steps go on without a graph, for {reason}.", SheerWarning, stacklevel=4)
+        warnings.warn(f"cuda_graph: steps go on without a graph, for {reason}.", SheerWarning, stacklevel=user_level())
 
     def close(self) -> None:
         """Free the graphs, and leave the optimizer as it was."""
