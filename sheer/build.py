@@ -38,15 +38,26 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_device(name: str) -> None:
-    """Raise `SettingsError` for a device that is not on this machine."""
+    """Raise `SettingsError` for what is no name of a device, and for a device that is not on this machine."""
     try:
-        torch.empty(0, device=torch.device(name))
-    except (RuntimeError, AssertionError) as error:
-        available = torch.accelerator.current_accelerator(check_available=True) or "cpu only"
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingsError(
+            f'device={name!r} is no name of a device. torch names them "cuda" (a GPU of NVIDIA or AMD; "cuda:1" is the second), "mps", "cpu". '
+            f"Leave device out to take the accelerator that is there (there is {what_is_here()})."
+        ) from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
-            f"device={name!r} cannot be used on this machine (there is {available}): {reason}"
+            f"device={name!r} cannot be used on this machine (there is {what_is_here()}): {reason}"
         ) from error
+
+
+def what_is_here() -> str:
+    """Return the accelerator of this machine, as an error names it."""
+    return str(torch.accelerator.current_accelerator(check_available=True) or "cpu only")
 
 
 def make_compute(precision: Precision, device: torch.device) -> Compute:

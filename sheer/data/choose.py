@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from sheer.data.combined import CombinedSource
+from sheer.data.grouping import LengthGroupedBatches
 from sheer.data.order import GlobalSampler, mix_seed
 from sheer.data.source import GlobalOrderSource, IterableSource, OwnOrderSource, Source, StatefulSource, sized
 from sheer.distributed.mesh import Ranks
@@ -41,6 +42,22 @@ def check_loader(loader: Any, what: str, *, passes: int) -> None:
         raise DataError(
             f"{what} is a {type(loader).__name__}, which can be iterated only once, and it is to be {passes} times. Pass something that "
             "starts anew each time it is iterated: a DataLoader, a list, or an object whose __iter__ is the generator function."
+        )
+    refuse_other_lengths(loader, what)
+
+
+def refuse_other_lengths(loader: Any, what: str) -> None:
+    """Raise `DataError` where batches of alike lengths were made of the lengths of another number of samples than the dataset has."""
+    for batches in (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
+        if not isinstance(batches, LengthGroupedBatches):
+            continue
+        lengths, samples = len(batches.kinds), sized(getattr(loader, "dataset", None))
+        if samples is None or samples == lengths:
+            continue
+        result = f"{samples - lengths:,} samples would never be seen" if samples > lengths else "some are of no sample"
+        raise DataError(
+            f"{what} has a dataset of {samples:,} samples, and LengthGroupedBatches was given {lengths:,} lengths: {result}. Give it the length of each "
+            "sample of this very dataset, in its order."
         )
 
 

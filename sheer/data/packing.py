@@ -22,8 +22,8 @@ class Packed(Dataset[dict[str, Tensor]]):
     The longest are placed first, each in the fullest row that still has room for it (best fit, decreasing). Which documents share
     a row depends on nothing but their lengths, so it is the same in each epoch and on any rank; a loader shuffles the rows. A
     document of more than `length` + 1 tokens is cut into parts that are documents of their own: the first token of a part is the
-    last one that the part before it predicts, so every token but a document's first is predicted once. Documents of fewer than
-    two tokens have nothing to predict, and are left out.
+    last one that the part before it predicts, so every token but a document's first is predicted once. A document of one token,
+    or of none, has nothing to predict, and is left out; one whose length is given as 1 is not read.
 
     A row is a mapping of tensors of [length], int64:
 
@@ -38,7 +38,7 @@ class Packed(Dataset[dict[str, Tensor]]):
     Args:
         documents: anything with a length and items that are one-dimensional: tensors, arrays, lists of tokens.
         length: tokens in a row.
-        lengths: tokens in each document, where they are known; otherwise each document is read once, now.
+        lengths: tokens in each document, at least 1, where they are known; otherwise each document is read once, now.
         pad: the token that stands in empty places.
 
     Attributes:
@@ -46,7 +46,8 @@ class Packed(Dataset[dict[str, Tensor]]):
         most_documents: the most documents in one row, empty places counted as one.
 
     Raises:
-        DataError: there is nothing to pack, a document is no sequence of whole numbers, or `lengths` are those of other documents.
+        DataError: there is nothing to pack, a document is no sequence of whole numbers, or `lengths` are no lengths, or those of
+            other documents.
     """
 
     def __init__(
@@ -67,6 +68,11 @@ class Packed(Dataset[dict[str, Tensor]]):
         )
         if len(counts) != len(documents):
             raise DataError(f"There are {len(documents)} documents, and {len(counts)} lengths were given.")
+        if lengths is not None and len(counts) and counts.min() < 1:
+            raise DataError(
+                f"lengths[{int(np.argmax(counts < 1))}] is {counts[counts < 1][0]}, and each is to be the number of tokens in a document, at least 1. Leave "
+                "empty documents out; where lengths are not known, leave `lengths` out, and each document is read once."
+            )
         self.documents, self.length, self.pad, self._counts = documents, length, pad, counts
         self._document, self._start, self._size = cut_documents(counts - 1, length)
         if len(self._size) == 0:

@@ -181,6 +181,13 @@ def test_micro_batches_of_rows_change_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(value, parts[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("lengths", [None, [1, 3, 1]])
+def test_a_document_of_one_token_has_nothing_to_predict_and_is_left_out(lengths: list[int] | None) -> None:
+    packed = Packed([[7], [1, 2, 3], [8]], 4, lengths=lengths)
+    assert [row["tokens"].tolist() for row in packed] == [[1, 2, 0, 0]]
+    assert packed[0]["targets"].tolist() == [2, 3, -100, -100]
+
+
 def test_documents_may_be_mapped_from_a_file(tmp_path: Path) -> None:
     np.arange(40, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
     tokens = np.memmap(tmp_path / "tokens.bin", np.uint16, mode="r")
@@ -195,6 +202,11 @@ def test_documents_may_be_mapped_from_a_file(tmp_path: Path) -> None:
         (lambda: Packed([[1], []], 8), "nothing to predict"),
         (lambda: Packed([[1, 2]], 0), "at least 1 token"),
         (lambda: Packed([[1, 2]], 8, lengths=[2, 3]), "1 documents, and 2 lengths"),
+        (
+            lambda: Packed([[1, 2], [], [3]], 8, lengths=[2, 0, 1]),
+            r"lengths\[1\] is 0, .* at least 1. Leave empty documents out",
+        ),
+        (lambda: Packed([[1, 2], [1, 2]], 8, lengths=[2, -1]), r"lengths\[1\] is -1, .* leave `lengths` out, and each"),
         (lambda: Packed([[1, 2]], 8, lengths=[5])[0], "Document 0 has 2 tokens, .* one of 5"),
         (lambda: Packed(texts([5, 30, 17]), 64, lengths=[5, 30, 10])[0], "Document 2 has 17 tokens, .* one of 10"),
         (lambda: Packed([torch.tensor([1.9, 2.9, 3.9])], 8), "Document 0 is of torch.float32"),

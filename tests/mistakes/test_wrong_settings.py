@@ -116,9 +116,17 @@ def test_no_duration() -> None:
         Trainer().fit(model(), step, loader(), optimizer=lambda net: None)  # type: ignore[arg-type, return-value]
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cudda"])
+@pytest.mark.parametrize("name", ["cuda:99", "hpu"])
 def test_a_device_that_does_not_exist(name: str) -> None:
     refused(SettingsError, f"device={name!r} cannot be used on this machine", device=name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "GPU", "cudda", "cuda0", "0"])
+def test_a_word_that_names_no_device(name: str) -> None:
+    refused(
+        SettingsError, f"device={name!r} is no name of a device", 'torch names them "cuda"', '"mps", "cpu"',
+        "Leave device out to take the accelerator that is there", device=name,
+    )  # fmt: skip
 
 
 def test_monitoring_without_a_validation() -> None:
