@@ -29,7 +29,7 @@ from sheer.memory import agree_on_parts, smaller_parts, train_again
 from sheer.metrics import Media, contents, put_back
 from sheer.plugins import Plugins
 from sheer.random import set_random_state
-from sheer.resume import open_data
+from sheer.resume import open_data, warn_of_changes
 from sheer.rollback import go_back, note_step
 from sheer.run import Run
 from sheer.saving import look_back, prepare_memory, save_checkpoint
@@ -77,6 +77,7 @@ def fit(
 
     with Session(run), StopSignals() as signals:
         begin(cfg, run, validation)
+        warn_of_changes(run)
         let_validations_be_left(cfg, run, validation, signals)
         if isinstance(cfg.nonfinite, Rollback):
             save_start(cfg, run, restore_random)

@@ -20,6 +20,7 @@ from sheer.distributed.agree import agreed, any_rank, first_of, is_other_rank
 from sheer.distributed.mesh import Ranks
 from sheer.due import DURATIONS, duration_over
 from sheer.errors import RunError, SheerWarning, user_level
+from sheer.events import Follows
 from sheer.metrics import put_together
 from sheer.random import random_state, seed_process, set_random_state
 from sheer.run import Run
@@ -110,7 +111,7 @@ def restore(cfg: Settings, run: Run, path: Path, manifest: Mapping[str, Any]) ->
     state = read_shared_state(path, manifest)
     load_model(run.model, trained or weights, state["extra"], path, has_all=not has_some_layers(run.ranks))
     refuse_other_schedulers(run, state)
-    warn_of_changes(run, state)
+    note_changes(cfg, run, manifest, state)
     run.progress.load_state_dict(state["progress"])
     for name, scheduler in (run.schedulers | run.plateaus).items():
         scheduler.load_state_dict(state["schedulers"][name])
@@ -190,24 +191,43 @@ def refuse_other_schedulers(run: Run, state: dict[str, Any]) -> None:
         )
 
 
-def warn_of_changes(run: Run, state: dict[str, Any]) -> None:
-    """Warn of what may change when a run goes on, and changes what comes of it."""
-    said = []
+def note_changes(cfg: Settings, run: Run, manifest: Mapping[str, Any], state: dict[str, Any]) -> None:
+    """Note what is not as it was when a checkpoint was made, and what comes of it: to be warned of where the run really goes on."""
+    run.changes = []
     gone = [name for name in state["callbacks"] if name not in run.callbacks]
     if gone:
-        said.append(
+        run.changes.append(
             f"The checkpoint holds the state of {', '.join(gone)}, and there is no such callback now: it is dropped."
         )
     averaging = type(run.averaging).__name__
     if run.averaging is not None and averaging not in state["callbacks"] and state["progress"]["step"] > 0:
-        said.append(f"{averaging} was not there when the checkpoint was made: it begins to average here.")
+        run.changes.append(f"{averaging} was not there when the checkpoint was made: it begins to average here.")
     if None not in (state["scheduled_steps"], run.scheduled_steps) and state["scheduled_steps"] != run.scheduled_steps:
-        said.append(
+        run.changes.append(
             f"A scheduler was made for {state['scheduled_steps']} steps, and is now made for {run.scheduled_steps}: from here on it goes by the new "
             "number, so the learning rate may jump."
         )
-    for warning in said:
-        warnings.warn(warning, SheerWarning, stacklevel=user_level())
+    now, before = cfg.limit_val_batches, manifest["settings"].get("limit_val_batches", cfg.limit_val_batches)
+    comparing = what_compares(cfg, run)
+    if before != now and 0 not in (before, now) and state["progress"]["validated_at"] >= 0 and comparing:
+        run.changes.append(
+            f"limit_val_batches: {before!r} then, {now!r} now. Metrics of validations before and behind this point are of different data, and are "
+            f"compared by {' and '.join(comparing)}. Put it back to compare like with like."
+        )
+
+
+def what_compares(cfg: Settings, run: Run) -> list[str]:
+    """Return what compares the validations of a run that goes on with earlier ones."""
+    keeps_best = cfg.checkpoint is not None and cfg.checkpoint.keep_best > 0 and cfg.monitor is not None
+    best = ["the choice of the best checkpoint"] if keeps_best and cfg.resume == "auto" else []
+    others = [*run.plateaus.values(), *(each for each in run.events.validation_end if isinstance(each, Follows))]
+    return [*best, *(type(other).__name__ for other in others)]
+
+
+def warn_of_changes(run: Run) -> None:
+    """Warn of what is not as it was in a run that goes on."""
+    for change in run.changes:
+        warnings.warn(change, SheerWarning, stacklevel=user_level())
 
 
 def open_data(data: TrainingData | None, state: dict[str, Any] | None) -> Callable[[], None] | None:

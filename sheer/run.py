@@ -79,6 +79,9 @@ class Run:
     leave: Callable[[], None] | None = None  # saves the run as it was before a validation that was left
     ends_owed: bool = False  # whether the step that ends is one that an earlier session has logged
     before_validating: BeforeValidation | None = None  # what held before the validation that runs
+    changes: list[str] = field(
+        default_factory=list
+    )  # what is not as it was in the checkpoint that the run goes on from
     graphs: Any | None = None  # the captured steps, with `cuda_graph`
     graphless: str | None = None  # why there are none, or none any more, though they were asked for
     in_steps: bool = False  # whether one's own loop is between its first step and its last

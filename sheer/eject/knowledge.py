@@ -35,7 +35,7 @@ INPUT_ERRORS = frozenset(
 )
 CHECKS = frozenset(
     {
-        "check_first_gradients", "refuse_closure", "refuse_other_schedulers", "refuse_another_optimizer", "refuse_differences", "refuse_other_run", "forget_copies", "warn_of_changes", "prepare_memory", "tell_of_save", "run.saver.open", "agree_on_parts", "collect_if_due", "report_recompilations", "run.rewind.states.extend", "run.metrics.send", "run.console.say", "run.console.expect", "let_validations_be_left", "remember",
+        "check_first_gradients", "refuse_closure", "refuse_other_schedulers", "refuse_another_optimizer", "refuse_differences", "refuse_other_run", "forget_copies", "note_changes", "warn_of_changes", "prepare_memory", "tell_of_save", "run.saver.open", "agree_on_parts", "collect_if_due", "report_recompilations", "run.rewind.states.extend", "run.metrics.send", "run.console.say", "run.console.expect", "let_validations_be_left", "remember",
         "run.loggers.log_media",
     }
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 import sheer
 from sheer import DataError, ModelError, RunError
 from tests.mistakes.common import contents, finished_run, fit, linear, refused
-from tests.task import dataset, loader, loss_step, model
+from tests.task import dataset, loader, loss_step, model, trainer
 
 AGAIN: dict[str, Any] = {"run_dir": "run", "resume": "auto", "max_steps": 8, "checkpoint": sheer.Checkpoint()}
 
@@ -112,7 +113,6 @@ def test_resuming_with_another_scheduler(scheduler: Any) -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore:A scheduler was made for 4 steps")
 def test_resuming_a_one_cycle_schedule_in_a_longer_run() -> None:
     how: dict[str, Any] = {"scheduler": lambda optimizer, total: OneCycleLR(optimizer, 0.1, total_steps=total)}
     finished_run(**how)
@@ -315,6 +315,59 @@ def test_what_may_change_on_a_resume_is_warned_of(before: dict[str, Any], after:
     fit(run_dir="run", checkpoint=True, max_steps=2, max_epochs=None, **before)
     with pytest.warns(sheer.SheerWarning, match=said):
         fit(run_dir="run", checkpoint=True, max_steps=4, max_epochs=None, resume="auto", **after)
+
+
+def by_steps(optimizer: Any, total: int) -> StepLR:
+    return StepLR(optimizer, total)
+
+
+def test_another_length_of_a_schedule_is_warned_of_where_training_goes_on() -> None:
+    finished_run(scheduler=by_steps)
+    refused_and_untouched(DataError, "now there are 90", scheduler=by_steps, loader=loader(samples=90), **AGAIN)
+    assert fit(scheduler=by_steps, **{**AGAIN, "max_steps": 3}).step == 4, "it is over, and goes on nowhere"
+    with pytest.warns(sheer.SheerWarning, match="made for 4 steps, and is now made for 8: .* rate may jump"):
+        assert fit(scheduler=by_steps, **AGAIN).step == 8
+
+
+def test_in_a_loop_of_ones_own_too() -> None:
+    for steps, over in ((3, False), (2, True), (4, False)):
+        net = model()
+        sgd = SGD(net.parameters())
+        made = trainer(run_dir="run", resume="auto", checkpoint=True, max_steps=steps)
+        run = made.start(net, optimizers={"sgd": sgd}, schedulers={"sgd": by_steps})
+        message = "made for 3 steps, and is now made for 4"
+        with pytest.warns(sheer.SheerWarning, match=message) if steps == 4 else contextlib.nullcontext():
+            for batch in run.steps(loader()):
+                assert not over
+                run.update(sgd, loss_step, batch)
+        run.finish()
+
+
+def fit_with_a_plateau(**how: Any) -> sheer.Result:
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    return fit(net=net, optimizer=optimizer, scheduler=ReduceLROnPlateau(optimizer), **how)
+
+
+@pytest.mark.parametrize(
+    ("start", "how", "said"),
+    [
+        (fit, {"monitor": "val/loss"}, "by the choice of the best checkpoint. Put it back"),
+        (fit, {"callbacks": [sheer.EarlyStopping(9, monitor="val/loss", mode="min")]}, "by EarlyStopping"),
+        (fit_with_a_plateau, {"monitor": "val/loss"}, "by the choice of the best checkpoint and ReduceLROnPlateau"),
+        (fit, {}, None),  # nothing compares them
+    ],
+)
+def test_validations_on_other_batches_are_warned_of_where_they_are_compared(
+    start: Any, how: dict[str, Any], said: str | None
+) -> None:
+    how = {"val_loader": loader(32, shuffle=False), "run_dir": "run", "checkpoint": True, "resume": "auto", **how}
+    start(max_steps=2, limit_val_batches=1, **how)
+    assert start(max_steps=2, **how).step == 2, "it is over, and validates nothing"
+    message = f"limit_val_batches: 1 then, None now.* {said}"
+    with contextlib.nullcontext() if said is None else pytest.warns(sheer.SheerWarning, match=message):
+        start(max_steps=4, **how)
+    assert start(max_steps=6, **how).step == 6, "as in the session before"
 
 
 def test_another_seed_on_a_resume_is_warned_of() -> None:
