@@ -41,6 +41,8 @@ class Session:
         self._open = True
         if self.run.agreement is not None:
             self.run.agreement.start()
+        if not is_new(self.run.record):
+            self.run.loggers.warn_of_lost(self.run.info)
         self.run.loggers.start(self.run.info)
         self.run.console.open(self.run.progress, self.run.total_steps)
         self.run.compilations.open()

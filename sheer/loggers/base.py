@@ -34,6 +34,14 @@ class Logger(Protocol):
         """Write out what is left; called at the end, also after an error."""
 
 
+@runtime_checkable
+class KeepsLines(Protocol):
+    """Writes lines to a file in the run's folder, and knows whether those that a checkpoint has counted are gone."""
+
+    def lost(self, info: RunInfo) -> Path | None:
+        """Return the path of the file where all of them are; called before `start`."""
+
+
 def check_loggers(loggers: Sequence[Logger | Console]) -> None:
     """Raise `SettingsError` for what cannot be told anything."""
     if not isinstance(loggers, Sequence):  # a generator would be empty at the second look
@@ -85,6 +93,17 @@ class Loggers:
                 self._states[name] = states[name]
                 load = functools.partial(logger.load_state_dict, states[name])
                 self._guarded(logger, "load_state_dict", load, "It may log anew what it logged before.")
+
+    def warn_of_lost(self, info: RunInfo) -> None:
+        """Warn of files that are gone from a folder that the run was in before; called before `start`."""
+        for path in [logger.lost(info) for logger in self.members if isinstance(logger, KeepsLines)]:
+            if path is not None:
+                warnings.warn(
+                    f"{path} is gone, and with it all lines up to step {info.start_step:,}, which the checkpoint of that step has counted. The run goes on, "
+                    "and writes those that follow: what it trains does not depend on them.",
+                    SheerWarning,
+                    stacklevel=user_level(),
+                )
 
     def start(self, info: RunInfo) -> None:
         """Open all. One that fails here is left alone until the next start: to try at each log point could take minutes."""

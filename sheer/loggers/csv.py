@@ -41,6 +41,11 @@ class CSV:
         """The file's path; None before the run starts."""
         return self._path
 
+    def lost(self, info: RunInfo) -> Path | None:
+        """Return the path of the file where a checkpoint has counted rows of it and there are none; called before `start`."""
+        path = info.run_dir / self.file
+        return path if info.run_id == self._run and self._rows > 0 and is_empty(path) else None
+
     def start(self, info: RunInfo) -> None:
         """Open the file, cut back to what is this run's."""
         if info.run_id != self._run:

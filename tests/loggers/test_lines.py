@@ -200,6 +200,30 @@ def test_a_run_goes_on_with_a_damaged_log_and_says_which() -> None:
     assert without_time(lines_of(log))[1:] == without_time(lines_of(Path("whole", "metrics.jsonl")))[1:]
 
 
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_run_goes_on_without_its_log_and_says_which(empty: bool) -> None:
+    fit("whole", sheer.CSV())
+    fit("stopped", sheer.CSV(), stop_at=8)
+    for file in ("metrics.jsonl", "metrics.csv"):
+        Path("stopped", file).unlink()
+        if empty:
+            Path("stopped", file).touch()
+    with pytest.warns(sheer.SheerWarning) as warned:
+        fit("stopped", sheer.CSV())
+    assert [str(one.message).split(", which")[0] for one in warned] == [
+        f"stopped/{file} is gone, and with it all lines up to step 8" for file in ("metrics.jsonl", "metrics.csv")
+    ]
+    steps = [line["step"] for line in lines_of(Path("stopped", "metrics.jsonl"))]
+    assert steps == [line["step"] for line in lines_of(Path("whole", "metrics.jsonl")) if line["step"] > 8]
+    fit("stopped", sheer.CSV())  # it is over, and writes nothing
+
+
+def test_a_log_that_no_line_was_in_is_not_missed() -> None:
+    fit("stopped", stop_at=1)
+    Path("stopped/metrics.jsonl").unlink()
+    fit("stopped")
+
+
 def test_two_of_the_same_kind_write_two_files() -> None:
     fit("run", sheer.CSV(), sheer.CSV("copy.csv"))
     assert Path("run/copy.csv").read_text().count("\n") == Path("run/metrics.csv").read_text().count("\n") > 10
