@@ -15,7 +15,7 @@ import typer
 
 from sheer.checkpoint.commands import checkpoint_app
 from sheer.errors import ContradictionError, SettingsError, SheerError
-from sheer.launch import overriding
+from sheer.launch import overriding, telling_of_untaken
 from sheer.settings import Settings, overridden
 from sheer.version import __version__
 
@@ -107,7 +107,7 @@ def run(
         raise typer.BadParameter("how many ranks on each machine?", param_hint="--nproc-per-node")
     sys.argv = [str(script), *context.args]
     sys.path[0] = str(script.resolve().parent)
-    with overriding(changes):
+    with overriding(changes), telling_of_untaken(str(script)):
         runpy.run_path(str(script), run_name="__main__")
 
 

@@ -18,7 +18,7 @@ from sheer.console import Console
 from sheer.distributed.world import world
 from sheer.distributed.wrap import Parallelize
 from sheer.evaluate_alone import Reporter, evaluate_alone, predict_alone
-from sheer.launch import overrides
+from sheer.launch import take_overrides
 from sheer.loggers.base import Logger
 from sheer.loop import fit
 from sheer.loss import Step
@@ -131,7 +131,7 @@ class Trainer:
             run_dir=str(run_dir) if run_dir is not None else None,
             resume=str(resume) if resume is not None else None,
         )
-        settings = overridden(settings, overrides())
+        settings = overridden(settings, take_overrides())
         self.settings = expanded(settings, world().world_size)
         self.plugins = Plugins(callbacks, loggers, hparams, mesh_of(settings))
         self._reporter: Reporter | None = None

@@ -54,6 +54,22 @@ def test_run_names_an_unknown_setting_before_the_script_starts() -> None:
     assert "started" not in done.stdout
 
 
+@pytest.mark.parametrize(("ends", "status"), [("", 0), ("raise SystemExit(3)", 3), ("raise ValueError('no good')", 1)])
+def test_run_says_that_nothing_was_set_where_the_script_builds_no_trainer(ends: str, status: int) -> None:
+    Path("train.py").write_text(f"import sheer\nprint('started')\n{ends}")
+    done = sheer("run", "--set", "max_steps=3", "--set", "precision=bf16-mixed", "train.py")
+    said = "--set max_steps=3 --set precision=bf16-mixed set nothing: train.py built no Trainer in this process"
+    assert (done.stdout, done.returncode) == ("started\n", status)
+    assert (said in done.stderr) is (status != 1), "an error says by itself why the script came no further"
+    assert sheer("run", "train.py").stderr == ("" if status != 1 else done.stderr)
+
+
+def test_run_says_nothing_where_a_trainer_was_built() -> None:
+    Path("train.py").write_text("import sheer\nsheer.Trainer(max_steps=7)\nraise SystemExit(4)")
+    done = sheer("run", "--set", "max_steps=3", "train.py")
+    assert (done.returncode, done.stderr) == (4, "")
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

@@ -7,6 +7,7 @@ import runpy
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from sheer.distributed.output import write_to_file
 from sheer.distributed.words import RUNS, departure_status, launcher_folder, leave_word, report_error
+from sheer.launch import telling_of_untaken
 from sheer.signals import EXIT_STATUS, SIGNALS
 
 ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error", "Write error")
@@ -30,7 +32,8 @@ def work() -> None:
     if folder is not None:
         leave_word(folder, RUNS, {"pid": os.getpid()})
     try:
-        runpy.run_path(script, run_name="__main__")
+        with telling_of_untaken(script) if os.environ.get("RANK") == "0" else nullcontext():
+            runpy.run_path(script, run_name="__main__")
     except SystemExit as error:
         if error.code == EXIT_STATUS:
             sys.exit(departure_status())
