@@ -16,6 +16,7 @@ import typer
 from sheer.errors import RunError, SheerError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
     from rich.tree import Tree
@@ -29,6 +30,7 @@ checkpoint_app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+UNBROKEN = 100_000  # columns; lines are not filled up to it
 A_RUN = "A run's directory, or its checkpoints folder, or the URL of that."
 OR_ONE = "A run's directory, its checkpoints folder, one checkpoint, or a URL."
 
@@ -61,10 +63,16 @@ def checkpoints_of(run: str) -> Folder:
     raise RunError(f"{run} holds no checkpoints. Give a run's directory, or its checkpoints folder.")
 
 
+def shown_on() -> Console:
+    """Return what tables and trees are printed on: as wide as the terminal, and for a file or another program so wide that no line is broken."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else UNBROKEN)
+
+
 @checkpoint_app.command("ls")
 def list_checkpoints(run: Annotated[str, typer.Argument(help=A_RUN)]) -> None:
     """List the checkpoints of a run: when, how large, how good, and whether they are whole (sizes are compared; `verify` reads all)."""
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
@@ -80,7 +88,7 @@ def list_checkpoints(run: Annotated[str, typer.Argument(help=A_RUN)]) -> None:
         metrics = ", ".join(f"{name} {described_number(value)}" for name, value in row.metrics.items())
         marks = ", ".join(row.marks) or ""
         table.add_row(row.name, f"{row.step:,}", decimal(row.size), when, metrics, row.wrong or marks)
-    Console(highlight=False, markup=False).print(table)
+    shown_on().print(table)
 
 
 def described_number(value: Any) -> str:
@@ -177,7 +185,6 @@ def show_checkpoint(
     depth: Annotated[int | None, typer.Option(min=1, help="How deep the tree goes.", show_default="all")] = None,
 ) -> None:
     """Show what is inside a checkpoint: names, shapes and data types of tensors, numbers of the state."""
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.tree import Tree
 
@@ -200,7 +207,7 @@ def show_checkpoint(
     tensors = {n: described_tensor(stored, n) for g, stored in groups.items() if g not in GROUPS for n in stored}
     texts = {name: repr(value) for name, value in numbers.items()}
     add_leaves(root.add("state"), texts | tensors, "/", depth)
-    Console(highlight=False, markup=False).print(root)
+    shown_on().print(root)
 
 
 def add_leaves(root: Tree, values: Mapping[str, str], separator: str, depth: int | None) -> None:
@@ -233,7 +240,6 @@ def compare_checkpoints(
 
     Seconds of training and lengths of logs are not compared.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from sheer.checkpoint.look import differing_numbers, differing_tensors, groups_in, numbers_of
@@ -248,7 +254,7 @@ def compare_checkpoints(
         with bars() as shown:
             task = shown.add_task("comparing", total=None)
             tensors = differing_tensors(groups, others, functools.partial(shown.advance, task))
-    console = Console(highlight=False, markup=False)
+    console = shown_on()
     console.print(f"A: {where}, step {manifest['step']:,}\nB: {elsewhere}, step {another['step']:,}", soft_wrap=True)
     if tensors:
         table = Table("tensor", "largest", "relative", "", title=f"{len(tensors)} tensors differ", box=None)

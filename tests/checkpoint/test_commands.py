@@ -15,6 +15,7 @@ from torch.optim import AdamW
 from typer.testing import CliRunner, Result
 
 import sheer
+from sheer.checkpoint import commands
 from sheer.checkpoint.commands import bars
 from sheer.checkpoint.disk import Disk
 from sheer.checkpoint.read import stored_in
@@ -35,7 +36,7 @@ def trained(run_dir: str = "run", **settings: Any) -> None:
 
 
 def sheer_checkpoint(*words: Any) -> Result:
-    return CliRunner().invoke(app, ["checkpoint", *map(str, words)], env={"COLUMNS": "400"})
+    return CliRunner().invoke(app, ["checkpoint", *map(str, words)], env={"COLUMNS": "40"})
 
 
 def damage(file: Path, place: int = -3) -> None:
@@ -70,6 +71,25 @@ def test_ls(run: str | Path) -> None:
     assert "val/loss" not in lines["step-00000006"] and "damaged" not in lines["step-00000006"]
     assert "val/loss 2." in lines["step-00000007"] and "last, best" in lines["step-00000007"]
     assert "its save was cut off" in lines["step-00000008"] and " 6 bytes" in lines["step-00000008"]
+
+
+def test_no_line_is_broken_where_no_terminal_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "a-run-with-a-name-that-is-longer-than-a-line-of-a-terminal-and-so-would-be-broken"
+    trained(long)
+    trained("other", max_epochs=2)
+    shown, listed, compared = (sheer_checkpoint(*words).stdout for words in (("show", long), ("ls", long), ("diff", long, "other", "--most", 99)))  # fmt: skip
+    manifest = read_manifest(Path(long, "checkpoints", "step-00000007"))
+    first = shown.splitlines()[0]
+    assert first.startswith(f"{Path.cwd() / long}/checkpoints/step-00000007 · ") and first.endswith(manifest["run_id"])
+    names = [line.split()[0] for line in listed.splitlines()]
+    assert names == ["checkpoint", "step-00000002", "step-00000004", "step-00000006", "step-00000007"]
+    assert "model: 0.weight" in compared and "optimizer: optimizer/state/0.weight/exp_avg_sq " in compared
+    assert max(map(len, (first + listed + compared).splitlines())) < 1000, (
+        "no line is filled up to a width that nobody has"
+    )
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert commands.shown_on().width == 60
 
 
 def test_verify_names_each_file_that_is_damaged() -> None:
