@@ -7,12 +7,10 @@ import functools
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from sheer.checkpoint.bucket import FETCHED, Folder, share_of_machine
+from sheer.checkpoint.bucket import FETCHED, Folder
 from sheer.checkpoint.optimizer import load_optimizer_state, names_of, of_layers
 from sheer.checkpoint.read import read_shared_state, read_state, stored_in
 from sheer.checkpoint.store import brought, committed, read_manifest
@@ -101,40 +99,6 @@ def forget_copies(run: Run, checkpoint: Path | None) -> None:
     if checkpoint is not None and checkpoint.parent.name.startswith(FETCHED):
         first_of(run.ranks, None)  # waits for all
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
-
-
-class Fetched:
-    """While a checkpoint is fetched and read: where a start is refused, what was fetched is deleted, and the folders that were made for it.
-
-    The ranks of a machine share it, and what one finds wrong the others may not have come to yet: the last that is refused deletes.
-
-    Args:
-        disk: where the checkpoints of the run are, or are to be.
-        directory: the folder of the run.
-    """
-
-    def __init__(self, disk: Folder, directory: Path, ranks: Ranks | None) -> None:
-        here = disk.here or directory / "checkpoints"
-        self.made = [folder for folder in (here, directory) if not folder.exists()]
-        self.rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
-        index, self.sharing = share_of_machine(self.rank, world_size)
-        self.fetched = here / f"{FETCHED}{self.rank - index:05d}"
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None or not self.fetched.is_dir():
-            return
-        with suppress(OSError):
-            (self.fetched / f"refused-{self.rank:05d}").touch()
-            if len(list(self.fetched.glob("refused-*"))) < self.sharing:
-                return
-        shutil.rmtree(self.fetched, ignore_errors=True)
-        for folder in self.made:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
 
 
 def restore(cfg: Settings, run: Run, path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

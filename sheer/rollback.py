@@ -17,7 +17,7 @@ from sheer.errors import BadStepsError, NonFiniteError
 from sheer.metrics import Metrics
 from sheer.nonfinite import Watch
 from sheer.random import set_random_state
-from sheer.resume import Fetched, forget_copies, open_data, restore, verified
+from sheer.resume import forget_copies, open_data, restore, verified
 from sheer.run import Run
 from sheer.settings import Rollback, Settings
 from sheer.trail import Trained
@@ -45,15 +45,15 @@ def go_back(cfg: Settings, run: Run, bad: BadStepsError) -> None:
         raise NonFiniteError(may_not_again(run, bad, most))
     places = [run.trail.places[step] for step in range(bad.first, bad.last + 1)]
     left_out = with_places(run.progress.left_out, places)
-    with Fetched(run.saver.disk, run.info.run_dir, run.ranks):
-        path, manifest = checkpoint_before(run, bad, places, left_out)
-        run.loggers.close()
-        for metric in [*run.metrics.objects(), *metrics_in(run.model)]:
-            metric.reset()
-        run.metrics, run.watch = Metrics(), Watch()
-        run.trail.clear()
-        state = restore(as_resumed(cfg, run), run, path, manifest)
-        forget_copies(run, path)
+    path, manifest = checkpoint_before(run, bad, places, left_out)
+
+    run.loggers.close()
+    for metric in [*run.metrics.objects(), *metrics_in(run.model)]:
+        metric.reset()
+    run.metrics, run.watch = Metrics(), Watch()
+    run.trail.clear()
+    state = restore(as_resumed(cfg, run), run, path, manifest)
+    forget_copies(run, path)
     run.progress.rollbacks, run.progress.left_out = times, left_out
     run.progress.seconds, run.progress.stopped_by = seconds, None
     set_random_state(state["random"])

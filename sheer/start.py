@@ -46,7 +46,7 @@ from sheer.loggers.jsonl import JSONL
 from sheer.plugins import Plugins
 from sheer.progress import Progress
 from sheer.random import state_before
-from sheer.resume import Fetched, find_checkpoint, forget_copies, refuse_other_run, restore
+from sheer.resume import find_checkpoint, forget_copies, refuse_other_run, restore
 from sheer.run import Run
 from sheer.rundir import as_mapping, choose_run_dir, run_record
 from sheer.saving import folder_of_saves, saver_of
@@ -146,67 +146,66 @@ def start_run(
             'ReduceLROnPlateau follows the monitored metric, and monitor is not set. Set monitor="val/loss", say.'
         )
     directory = agreed(ranks, Path() if is_other_rank(ranks) else folder_of(cfg))
-    with Fetched(folder_of_saves(cfg, directory / "checkpoints", ranks), directory, ranks):
-        checkpoint = find_checkpoint(cfg, folder_of_saves(cfg, directory / "checkpoints", ranks), ranks)
-        manifest = read_manifest(checkpoint) if checkpoint is not None else None
-        run_id = manifest["run_id"] if manifest is not None and cfg.resume == "auto" else secrets.token_hex(4)
-        record = agreed(
-            ranks, {} if is_other_rank(ranks) else run_record(directory, cfg, hparams, torch.initial_seed(), run_id)
-        )
-        refuse_other_run(cfg, manifest, record["id"])
-        if ranks is not None:
-            open_output(directory, ranks.rank)
-        parameters, progress = parameters_of(model, built), Progress()
-        run = Run(
-            model=model,
-            optimizers=built,
-            schedulers={name: s for name, s in scheduled.items() if not isinstance(s, ReduceLROnPlateau)},
-            plateaus={name: s for name, s in scheduled.items() if isinstance(s, ReduceLROnPlateau)},
-            scaler=torch.amp.GradScaler(compute.device.type) if cfg.precision == "16-mixed" else None,
-            compute=compute,
-            ranks=ranks,
-            agreement=StopAgreement(progress, ranks.rank, ranks.world_size, timeout=ranks.parallel.timeout)
-            if ranks is not None
-            else None,
-            stepper=stepper,
-            parameters=parameters,
-            unused=set(parameters),
-            events=events,
-            callbacks=named(plugins.callbacks),
-            averaging=averaging_of(plugins),
-            loggers=loggers_of(cfg, plugins, ranks),
-            console=console_of(plugins, ranks),
-            saver=saver_of(cfg, directory / "checkpoints", compute.device, ranks),
-            rewind=state_before(compute.device),
-            info=RunInfo(
-                run_id=record["id"],
-                run_dir=directory,
-                device=compute.device,
-                start_step=manifest["step"] if manifest is not None else 0,
-                total_steps=steps,
-                steps_per_epoch=data.steps_per_epoch if data is not None else None,
-                log_every_n_steps=cfg.log_every_n_steps,
-                monitor=cfg.monitor,
-                monitor_mode=cfg.monitor_mode,
-                hparams=hparams,
-                settings=dataclasses.asdict(cfg),
-                ranks=ranks,
-            ),
-            record=record,
+    checkpoint = find_checkpoint(cfg, folder_of_saves(cfg, directory / "checkpoints", ranks), ranks)
+    manifest = read_manifest(checkpoint) if checkpoint is not None else None
+    run_id = manifest["run_id"] if manifest is not None and cfg.resume == "auto" else secrets.token_hex(4)
+    record = agreed(
+        ranks, {} if is_other_rank(ranks) else run_record(directory, cfg, hparams, torch.initial_seed(), run_id)
+    )
+    refuse_other_run(cfg, manifest, record["id"])
+    if ranks is not None:
+        open_output(directory, ranks.rank)
+    parameters, progress = parameters_of(model, built), Progress()
+    run = Run(
+        model=model,
+        optimizers=built,
+        schedulers={name: s for name, s in scheduled.items() if not isinstance(s, ReduceLROnPlateau)},
+        plateaus={name: s for name, s in scheduled.items() if isinstance(s, ReduceLROnPlateau)},
+        scaler=torch.amp.GradScaler(compute.device.type) if cfg.precision == "16-mixed" else None,
+        compute=compute,
+        ranks=ranks,
+        agreement=StopAgreement(progress, ranks.rank, ranks.world_size, timeout=ranks.parallel.timeout)
+        if ranks is not None
+        else None,
+        stepper=stepper,
+        parameters=parameters,
+        unused=set(parameters),
+        events=events,
+        callbacks=named(plugins.callbacks),
+        averaging=averaging_of(plugins),
+        loggers=loggers_of(cfg, plugins, ranks),
+        console=console_of(plugins, ranks),
+        saver=saver_of(cfg, directory / "checkpoints", compute.device, ranks),
+        rewind=state_before(compute.device),
+        info=RunInfo(
+            run_id=record["id"],
+            run_dir=directory,
+            device=compute.device,
+            start_step=manifest["step"] if manifest is not None else 0,
             total_steps=steps,
-            scheduled_steps=steps if are_made_here(schedulers) else None,
-            data=data,
-            progress=progress,
-            trail=Trail(cfg.nonfinite.spike) if isinstance(cfg.nonfinite, Rollback) else None,
-        )
-        if cfg.activation_memory_budget < 1.0:
-            run.compilations.budget = cfg.activation_memory_budget
-        if run.scaler is not None:
-            run.progress.scale = run.scaler.get_scale()
-        run.saver.open(run.info.run_id, run.info.start_step)
-        check_can_be_saved(run)
-        state = restore(cfg, run, checkpoint, manifest or {}) if checkpoint is not None else None
-        forget_copies(run, checkpoint)
+            steps_per_epoch=data.steps_per_epoch if data is not None else None,
+            log_every_n_steps=cfg.log_every_n_steps,
+            monitor=cfg.monitor,
+            monitor_mode=cfg.monitor_mode,
+            hparams=hparams,
+            settings=dataclasses.asdict(cfg),
+            ranks=ranks,
+        ),
+        record=record,
+        total_steps=steps,
+        scheduled_steps=steps if are_made_here(schedulers) else None,
+        data=data,
+        progress=progress,
+        trail=Trail(cfg.nonfinite.spike) if isinstance(cfg.nonfinite, Rollback) else None,
+    )
+    if cfg.activation_memory_budget < 1.0:
+        run.compilations.budget = cfg.activation_memory_budget
+    if run.scaler is not None:
+        run.progress.scale = run.scaler.get_scale()
+    run.saver.open(run.info.run_id, run.info.start_step)
+    check_can_be_saved(run)
+    state = restore(cfg, run, checkpoint, manifest or {}) if checkpoint is not None else None
+    forget_copies(run, checkpoint)
     check_length_of_schedules(cfg, run)
     announce(cfg, run, checkpoint)
     return run, state

@@ -182,9 +182,7 @@ def knowledge_of(
         | {"load_model": "plain_load_model" if facts.has_extra else "plain_load_tensors"}
         | ({"TensorBoard": "PlainTensorBoard"} if facts.plain_board else {})
         | data_twins(facts),
-        Needless(
-            frozenset(calls), frozenset({"_Place", "Fetched"}), INPUT_ERRORS, frozenset({"torch.OutOfMemoryError"})
-        ),
+        Needless(frozenset(calls), frozenset({"_Place"}), INPUT_ERRORS, frozenset({"torch.OutOfMemoryError"})),
         settings,
     )
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,56 +99,6 @@ def test_another_run_begins_from_there(memory: str) -> None:
         assert_same(net.state_dict(), straight())
         left = [path.name for path in Path(f"other{number}/checkpoints").iterdir()]
         assert not [name for name in left if "fetched" in name]
-
-
-def damage(url: str) -> None:
-    flip(f"{url}/step-00000004/state.json")
-    flip(f"{url}/step-00000005/state.json")
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ({"gradient_clip_val": 1.0}, "holds a run with other settings"),
-        ({"max_steps": 5}, "nothing would be trained"),
-        ({"net": nn.Linear(6, 1)}, "are of another model"),
-        ({"damage": damage}, "state.json is damaged"),
-    ],
-)
-def test_a_start_that_is_refused_leaves_nothing_of_what_it_fetched(memory: str, how: dict[str, Any], said: str) -> None:
-    train(5, memory)
-    net, max_steps = how.pop("net", model()), how.pop("max_steps", 9)
-    how.pop("damage", lambda url: None)(memory)
-
-    def go_on(run_dir: str, resume: str, directory: str | None) -> None:
-        made = trainer(
-            run_dir=run_dir, resume=resume, max_steps=max_steps, checkpoint=sheer.Checkpoint(directory=directory), **how
-        )
-        made.fit(net, step, loader(), optimizer=AdamW(net.parameters(), lr=0.1))
-
-    for directory in (None, "elsewhere", url_in("memory", Path())):
-        with pytest.raises(RunError, match=said):
-            go_on("other", memory, directory)
-        assert not Path("other").exists() and not Path("elsewhere").exists()
-    Path("run/checkpoints/notes").write_text("kept")
-    if max_steps > 5:
-        with pytest.raises(RunError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            go_on("run", "auto", memory)
-    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["notes"]
-
-
-def refused_on_ranks(url: str, run_dir: str) -> str:
-    with pytest.raises(RunError, match="holds a run with other settings") as error:
-        train(9, None, run_dir, resume=url, gradient_clip_val=1.0)
-    return str(error.value)
-
-
-def test_a_start_of_ranks_that_is_refused_leaves_nothing_either(tmp_path: Path) -> None:
-    url = url_in("local", tmp_path)
-    train(5, url)
-    assert len(set(run_on_ranks(2, refused_on_ranks, url, "other"))) == 1
-    assert not list(Path("other").rglob("fetched*"))
 
 
 def test_what_is_kept_and_what_is_used(url: str) -> None:
