@@ -124,6 +124,17 @@ def bindings(target: ast.expr, value: ast.expr) -> dict[str, ast.expr] | None:
     return None
 
 
+def without_asking_again(node: ast.If) -> None:
+    """Leave out an `elif` that asks what the `if` before it has asked."""
+    test = node.test
+    is_class = isinstance(test, ast.Call) and dotted(test.func) == "isinstance" and all(map(is_pure, test.args))
+    while (is_class or is_pure(test)) and len(node.orelse) == 1:
+        again = node.orelse[0]
+        if not isinstance(again, ast.If) or ast.dump(again.test) != ast.dump(test):
+            break
+        node.orelse = again.orelse
+
+
 def condition(node: ast.expr) -> ast.expr:
     """Simplify an expression of which only the truth counts."""
     if isinstance(node, ast.IfExp) and is_constant(node.body, True):

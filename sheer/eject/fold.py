@@ -20,6 +20,7 @@ from sheer.eject.expressions import (
     item_of,
     negated,
     truth,
+    without_asking_again,
 )
 from sheer.eject.source import Notes, notes_of, with_notes
 
@@ -357,6 +358,7 @@ class _Folder(ast.NodeTransformer):
         node.test = condition(self.visit(node.test))
         known = truth(node.test)
         if known is None:
+            without_asking_again(node)
             node.body, node.orelse = fold(node.body, self.known), fold(node.orelse, self.known)
             if any(not isinstance(statement, ast.Pass) for statement in node.body):
                 return node

@@ -71,6 +71,9 @@ def test_expressions(text, expected):
         ("if not cfg.on:\n    a()", ""),
         ("if y:\n    pass\nelif cfg.on:\n    a()\nelse:\n    b()", "if not y:\n    a()"),
         ("if y and cfg.on:\n    a()", "if y:\n    a()"),
+        ("if y and cfg.on:\n    a()\nelif y:\n    b()\nelse:\n    c()", "if y:\n    a()\nelse:\n    c()"),
+        ("if y():\n    a()\nelif y():\n    b()", "if y():\n    a()\nelif y():\n    b()"),  # may answer otherwise
+        ("if isinstance(y, Z):\n    a()\nelif isinstance(y, Z):\n    b()", "if isinstance(y, Z):\n    a()"),
         ("for c in callbacks:\n    c.go(step)", "ema.go(step)\nstopper.go(step)"),
         ("for c in none:\n    c.go()", ""),
         (
