@@ -46,7 +46,7 @@ def is_pure(node: ast.AST) -> bool:
 
 _IDLE = frozenset(
     {
-        "secrets.token_hex", "set", "sum", "len", "list", "dict", "tuple", "str", "int", "float", "bool", "next", "hasattr", "isinstance", "Path",
+        "secrets.token_hex", "set", "sum", "len", "list", "dict", "tuple", "str", "int", "float", "bool", "hasattr", "isinstance", "Path",
         "torch.device", "torch.initial_seed", "nullcontext", "Events", "id", "share", "dist.get_rank", "dist.get_world_size", "linked",
     }
 )  # fmt: skip
@@ -60,7 +60,8 @@ def is_idle(node: ast.AST) -> bool:
     for part in walk([node]):
         if isinstance(part, ast.Call):
             method = part.func.attr if isinstance(part.func, ast.Attribute) else ""
-            if dotted(part.func) not in _IDLE and method not in _IDLE_METHODS:
+            takes = dotted(part.func) == "next" and not isinstance(part.args[0], ast.GeneratorExp)  # from what goes on
+            if takes or (dotted(part.func) not in {*_IDLE, "next"} and method not in _IDLE_METHODS):
                 return False
         elif isinstance(part, (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)):
             return False

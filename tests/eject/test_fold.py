@@ -43,6 +43,11 @@ SETTINGS = Known(
         ("x = cfg.every == 1 or y", "x = True"),
         ("x = cfg.every is not None and y", "x = y"),
         ("x = not cfg.on", "x = False"),
+        ("x = y is None or not cfg.on", "x = y is None"),
+        ("x = y > 0 and cfg.on", "x = y > 0"),
+        ("x = y or not cfg.on", "x = y or False"),
+        ("x = z if y else z", "x = z"),
+        ("x = z if y() else z", "x = z if y() else z"),
         ("x = y or cfg.on", "x = y or True"),  # the value may be y's own
         ("x = cfg.on or y", "x = True"),
         ("x = y and cfg.on and z", "x = y and z"),  # y's value if it is false, else z's, as before
