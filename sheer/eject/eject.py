@@ -186,7 +186,10 @@ def assembled(
     lifted = emit.lifted_imports(nodes, script.names())
     own_constants = [node for node in nodes if emit.is_number_or_text(node)]
     nodes = [node for node in nodes if node not in own_constants]
-    constants = emit.constants_of(nodes, settings, emit.comments_of(library, constant_name), Path(facts.file).stem)
+    remarks = rewrite.remarks()
+    meanings = emit.comments_of(library, constant_name)
+    meanings |= {constant_name(name): f"# {remark}" for name, remark in remarks.items()}
+    constants = emit.constants_of(nodes, settings, meanings, Path(facts.file).stem)
     constants += [emit.written([node]) for node in own_constants]
     imports = emit.imports_of(nodes, library, [name.split(" = ")[0] for name in constants], lifted)
     have = script.import_statements()
@@ -194,13 +197,16 @@ def assembled(
     block = emit.formatted("\n".join([*constants, "", "", emit.written(nodes)]))
     own = {function.name: function.name for function in functions.values()}
     rewrite.edit(functions, {**names, **own, **{name: names[twin] for name, twin in used.items()}})
-    text = script.with_block(head(facts), emit.sorted_imports(new_imports), block)
+    placed = {constant.split(" = ")[0] for constant in constants}
+    elsewhere = {name for name in remarks if constant_name(name) in placed} | {given.name for given in rewrite.given}
+    left = {name: remark for name, remark in remarks.items() if name not in elsewhere}
+    text = script.with_block(head(facts, left), emit.sorted_imports(new_imports), block)
     refuse_traces(script, text)
     return Ejected(text, block, fewest(facts.parallel))
 
 
-def head(facts: Facts) -> str:
-    """Return the comment that an ejected file begins with."""
+def head(facts: Facts, remarks: Mapping[str, str]) -> str:
+    """Return the comment that an ejected file begins with, with what the script said of settings that are no constants now."""
     called, name = " ".join([Path(facts.file).name, *facts.arguments]), Path(facts.file).stem
     one = ', for one process (set parallel="ddp" or "fsdp" for several ranks)'
     how = (
@@ -211,7 +217,7 @@ def head(facts: Facts) -> str:
     return (
         f"# From `{called}`, by `sheer eject` {sheer.__version__} (Apache License 2.0){one if facts.settings['parallel'] == 'auto' else ''}; it is yours, "
         f"to change as you like.\n{how}# Settings: {emit.described(facts.settings)}.\n"
-    )
+    ) + "".join(f"# {name}: {remark}\n" for name, remark in remarks.items())
 
 
 def refuse_traces(script: Script, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 from collections.abc import Sequence, Set
 
 from sheer.eject.expressions import dotted, is_constant, parsed
@@ -11,6 +12,7 @@ from sheer.eject.facts import Facts, Other
 from sheer.eject.knowledge import argument_name, data_twins, marked
 from sheer.eject.rewrite import Rewrite, is_literal
 from sheer.eject.scope import fresh, parameters, substituted, walk
+from sheer.settings import Checkpoint, Settings
 
 TYPES = {
     "optimizer": "Optimizer",
@@ -65,7 +67,12 @@ def take_settings(fit: ast.FunctionDef, kept: Sequence[str]) -> ast.ClassDef:
         A class `Settings` that has only these.
     """
     names = [argument_name(name) for name in kept]
-    types = [parsed(TYPES_OF_SETTINGS.get(name, "Any")) for name in names]
+    kinds = {
+        field.name: str(field.type).removesuffix(" | None")
+        for field in (*dataclasses.fields(Settings), *dataclasses.fields(Checkpoint))
+    }
+    own = {setting.rpartition(".")[2]: argument_name(setting) for setting in kept}
+    types = [parsed(TYPES_OF_SETTINGS.get(name, kinds[setting])) for setting, name in own.items()]
     fit.args.kwonlyargs += [ast.arg(f"{name}__given", kind) for name, kind in zip(names, types, strict=True)]
     fit.args.kw_defaults += [None] * len(names)
     fit.args.args = [argument for argument in fit.args.args if argument.arg != "cfg"]

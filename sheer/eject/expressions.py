@@ -46,7 +46,7 @@ def is_pure(node: ast.AST) -> bool:
 
 _IDLE = frozenset(
     {
-        "secrets.token_hex", "set", "sum", "len", "list", "dict", "tuple", "str", "int", "float", "bool", "next", "hasattr", "isinstance", "Path",
+        "secrets.token_hex", "set", "sum", "len", "list", "dict", "tuple", "str", "int", "float", "bool", "hasattr", "isinstance", "Path",
         "torch.device", "torch.initial_seed", "nullcontext", "Events", "id", "share", "dist.get_rank", "dist.get_world_size", "linked",
     }
 )  # fmt: skip
@@ -60,7 +60,8 @@ def is_idle(node: ast.AST) -> bool:
     for part in walk([node]):
         if isinstance(part, ast.Call):
             method = part.func.attr if isinstance(part.func, ast.Attribute) else ""
-            if dotted(part.func) not in _IDLE and method not in _IDLE_METHODS:
+            takes = dotted(part.func) == "next" and not isinstance(part.args[0], ast.GeneratorExp)  # from what goes on
+            if takes or (dotted(part.func) not in {*_IDLE, "next"} and method not in _IDLE_METHODS):
                 return False
         elif isinstance(part, (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)):
             return False
@@ -122,6 +123,17 @@ def bindings(target: ast.expr, value: ast.expr) -> dict[str, ast.expr] | None:
             out.update(inner)
         return out
     return None
+
+
+def without_asking_again(node: ast.If) -> None:
+    """Leave out an `elif` that asks what the `if` before it has asked."""
+    test = node.test
+    is_class = isinstance(test, ast.Call) and dotted(test.func) == "isinstance" and all(map(is_pure, test.args))
+    while (is_class or is_pure(test)) and len(node.orelse) == 1:
+        again = node.orelse[0]
+        if not isinstance(again, ast.If) or ast.dump(again.test) != ast.dump(test):
+            break
+        node.orelse = again.orelse
 
 
 def condition(node: ast.expr) -> ast.expr:

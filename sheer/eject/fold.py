@@ -20,6 +20,7 @@ from sheer.eject.expressions import (
     item_of,
     negated,
     truth,
+    without_asking_again,
 )
 from sheer.eject.source import Notes, notes_of, with_notes
 
@@ -152,6 +153,8 @@ class _Folder(ast.NodeTransformer):
                 break
             if known is None or index == len(node.values) - 1:
                 values.append(value)
+        if len(values) > 1 and is_constant(values[-1], not decides) and all(map(_is_bool, values[:-1])):
+            values.pop()  # `a is b or False`
         if decides is False and len(values) > 1 and truth(values[-1]) is False and all(map(is_pure, values)):
             return values[-1] if is_constant(values[-1], False) else node
         return values[0] if len(values) == 1 else ast.BoolOp(node.op, values)
@@ -168,8 +171,9 @@ class _Folder(ast.NodeTransformer):
             branch: ast.expr = self.visit(node.body if known else node.orelse)
             return branch
         node.body, node.orelse = self.visit(node.body), self.visit(node.orelse)
-        is_bool = isinstance(node.test, (ast.Compare, ast.UnaryOp))
-        if is_bool and is_constant(node.body, True) and is_constant(node.orelse, False):
+        if is_pure(node.test) and ast.dump(node.body) == ast.dump(node.orelse):
+            return node.body
+        if _is_bool(node.test) and is_constant(node.body, True) and is_constant(node.orelse, False):
             return node.test
         return node
 
@@ -357,6 +361,7 @@ class _Folder(ast.NodeTransformer):
         node.test = condition(self.visit(node.test))
         known = truth(node.test)
         if known is None:
+            without_asking_again(node)
             node.body, node.orelse = fold(node.body, self.known), fold(node.orelse, self.known)
             if any(not isinstance(statement, ast.Pass) for statement in node.body):
                 return node
@@ -459,3 +464,8 @@ def _in_place_of(gone: ast.stmt, body: list[ast.stmt]) -> list[ast.stmt]:
         own, notes = notes_of(body[0]), notes_of(gone)
         body[0] = with_notes(body[0], Notes(own.above, own.behind, own.spaced or notes.spaced))
     return body
+
+
+def _is_bool(node: ast.expr) -> bool:
+    """Whether an expression is surely True or False, as a comparison of what is no array is."""
+    return isinstance(node, ast.Compare) or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not))

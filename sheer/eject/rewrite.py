@@ -129,6 +129,13 @@ class Rewrite:
         owner, _, inner = name.rpartition(".")
         return (self.facts.settings[owner] or {}).get(inner) if owner else self.facts.settings[name]
 
+    def remarks(self) -> dict[str, str]:
+        """Return what comments of the script say of the settings that it gives, by their names."""
+        said = {name: self.script.remark(value) for name, value in settings_in(self.trainer, self.script)}
+        whole = {k.arg: self.script.remark(k.value) for k in self.trainer.keywords if k.arg in PARTS}
+        said |= {name: text for name, text in whole.items() if name is not None and text not in said.values()}
+        return {name: text for name, text in said.items() if text}
+
     def kept(self) -> list[str]:
         """Return the names of the settings that the script hands over."""
         return [given.name for given in self.given if given.is_kept]
@@ -295,14 +302,16 @@ class Rewrite:
                 lines.append(f"[{labels}] = {self.script.source(value)}")
                 continue
             for plugin, item in zip(plugins, value.elts, strict=True):
-                lines.append(f"{plugin.label} = {self.script.source(item)}")
+                lines.append(remarked(f"{plugin.label} = {self.script.source(item)}", self.script.remark(item)))
         if self.facts.has_hparams:
             lines.append(f"hparams = {self.script.source(keywords['hparams'])}")
         for given in self.given:
+            remark = self.script.remark(given.value)
             if given.is_kept and not _is_name(given.value):
-                lines.append(f"{argument_name(given.name)} = {self.script.source(given.value)}")
+                name = argument_name(given.name)
+                lines.append(remarked(f"{name} = {self.script.source(given.value)}", remark))
             elif not given.is_kept and given.name != "max_time":
-                lines.append(self._assertion(given))
+                lines.append(remarked(self._assertion(given), remark))
         return lines
 
     def _assertion(self, given: Given) -> str:
@@ -337,6 +346,11 @@ _WAYS_OUT = {
     "Parallel": " Write it in the call of Trainer.",
     **dict.fromkeys(MEDIA, " Hand it to your logger in a callback, or leave it out."),
 }
+
+
+def remarked(line: str, remark: str) -> str:
+    """Return a line with a comment behind it, if there is one."""
+    return f"{line}  # {remark}" if remark else line
 
 
 def settings_in(trainer: ast.Call, script: Script) -> Iterator[tuple[str, ast.expr]]:

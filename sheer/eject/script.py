@@ -93,6 +93,27 @@ class Script:
         span = span_of(node)
         return self.offset(span.line, span.column), self.offset(span.end_line, span.end_column)
 
+    def remark(self, node: ast.expr) -> str:
+        """Return what is said of an argument in comments of the script: above it inside of its call, and behind it."""
+        first, last = node.lineno, node.end_lineno or node.lineno
+        parent = self.parents[id(node)]
+        if isinstance(parent, ast.keyword):
+            first = parent.lineno
+        while not isinstance(parent, ast.Call):
+            parent = self.parents[id(parent)]
+        said: list[str] = []
+        while first - 1 > parent.lineno and self._is_comment(first - 1):
+            first -= 1
+            said.insert(0, self._lines[first - 1].decode().strip())
+        _, end = self._offsets(node)
+        behind = self.text.encode()[end : self.offset(last + 1, 0)].decode()
+        if behind.lstrip(" ,)]").startswith("#"):
+            said.append(behind.lstrip(" ,)]").strip())
+        return "; ".join(comment.removeprefix("#").strip() for comment in said)
+
+    def _is_comment(self, line: int) -> bool:
+        return self._lines[line - 1].lstrip().startswith(b"#")
+
     def replace(self, node: ast.AST, new: str) -> None:
         """Put a text in the place of a node, and of all changes inside of it."""
         start, end = self._offsets(node)

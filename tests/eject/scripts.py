@@ -223,6 +223,42 @@ ALONE = """def alone(model, batch):
 
 val_loader = DataLoader(x[:40], 16)
 """
+BACKWARDS = """class Backwards(torch.utils.data.Sampler):
+    def __len__(self):
+        return len(x)
+
+    def __iter__(self):
+        first = int(torch.randint(len(x), ()))
+        return iter([(first - index) % len(x) for index in range(len(x))])
+
+
+"""
+STATEFUL = """class Stateful:
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        while self.at < len(x):
+            self.at += 15
+            yield x[self.at - 15 : self.at], y[self.at - 15 : self.at]
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+"""
+SKIPPED = """class Skipped:
+    def __iter__(self):
+        for at in range(0, len(x), 16):
+            noise = torch.rand(1)
+            yield x[at : at + 16] + noise, y[at : at + 16]
+
+
+"""
 # Loaders that a script keeps as they are, or nearly so: what comes out is short, and goes on from the library's checkpoints.
 LOADERS = {
     "workers": loading("TensorDataset(x, y), 16, shuffle=True, num_workers=1", f"max_epochs=2, {OFF}"),
@@ -235,6 +271,15 @@ LOADERS = {
     "one loader for all": script(SAVED, "model, step, train_loader, train_loader, optimizer=optimizer"),
     "one loader with workers": script(SAVED, "model, step, train_loader, train_loader, optimizer=optimizer").replace(
         "shuffle=True)", "shuffle=True, num_workers=1, persistent_workers=True)"
+    ),
+    "own sampler": loading("TensorDataset(x, y), 16, sampler=Backwards()", before=BACKWARDS),
+    "weighted sampler": loading(
+        "TensorDataset(x, y), 16, sampler=torch.utils.data.WeightedRandomSampler(list(range(1, 91)), 70)"
+    ),
+    "list, saved": script(SAVED, "model, step, list(train_loader), val_loader, optimizer=optimizer"),
+    "own state": script(SAVED, "model, step, Stateful(), val_loader, optimizer=optimizer", before=STATEFUL),
+    "skipped": script(
+        SAVED, "model, step, Skipped(), val_loader, optimizer=optimizer, resume_by_skipping=True", before=SKIPPED
     ),
     "batches with names": loading("TensorDataset(x, y), 16, collate_fn=join", step="named_step", before=NAMED),
     "pairs": loading("TensorDataset(x, y), 16, shuffle=True, collate_fn=pair", before=PAIRED),

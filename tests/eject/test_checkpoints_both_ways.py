@@ -56,7 +56,8 @@ def outcome(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
         for file in last.glob("*.safetensors")
         for name, value in load_file(file).items()
     }
-    state = json.loads((last / "state.json").read_text())
+    text = (last / "state.json").read_text().replace('{"$tensor": "/', '{"$tensor": "')  # each names its tensors alike
+    state = json.loads(text)
     return {**held, "python": state["random"]["python"], "data": state["data"]}, lines
 
 
@@ -91,6 +92,11 @@ OTHER_LOADERS = [
     "one loader for all",
     "drawn by workers",
     "persistent workers",
+    "own sampler",
+    "weighted sampler",
+    "list, saved",
+    "own state",
+    "skipped",
 ]
 
 

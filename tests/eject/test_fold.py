@@ -43,6 +43,11 @@ SETTINGS = Known(
         ("x = cfg.every == 1 or y", "x = True"),
         ("x = cfg.every is not None and y", "x = y"),
         ("x = not cfg.on", "x = False"),
+        ("x = y is None or not cfg.on", "x = y is None"),
+        ("x = y > 0 and cfg.on", "x = y > 0"),
+        ("x = y or not cfg.on", "x = y or False"),
+        ("x = z if y else z", "x = z"),
+        ("x = z if y() else z", "x = z if y() else z"),
         ("x = y or cfg.on", "x = y or True"),  # the value may be y's own
         ("x = cfg.on or y", "x = True"),
         ("x = y and cfg.on and z", "x = y and z"),  # y's value if it is false, else z's, as before
@@ -71,6 +76,9 @@ def test_expressions(text, expected):
         ("if not cfg.on:\n    a()", ""),
         ("if y:\n    pass\nelif cfg.on:\n    a()\nelse:\n    b()", "if not y:\n    a()"),
         ("if y and cfg.on:\n    a()", "if y:\n    a()"),
+        ("if y and cfg.on:\n    a()\nelif y:\n    b()\nelse:\n    c()", "if y:\n    a()\nelse:\n    c()"),
+        ("if y():\n    a()\nelif y():\n    b()", "if y():\n    a()\nelif y():\n    b()"),  # may answer otherwise
+        ("if isinstance(y, Z):\n    a()\nelif isinstance(y, Z):\n    b()", "if isinstance(y, Z):\n    a()"),
         ("for c in callbacks:\n    c.go(step)", "ema.go(step)\nstopper.go(step)"),
         ("for c in none:\n    c.go()", ""),
         (

@@ -149,6 +149,30 @@ def test_what_the_script_says_stays_as_it_was(tmp_path: Path, monkeypatch: pytes
         at = lines.index(line, at + 1)
 
 
+REMARKS = """
+    # the gradients explode otherwise
+    gradient_clip_val=1.0,  # as in the paper
+    precision="bf16-mixed",  # half the memory
+    max_steps=3 * 3, checkpoint=False,  # 9, ä
+    callbacks=[
+        sheer.EarlyStopping(patience=3, monitor="val/loss"),  # three are enough
+    ],
+"""
+
+
+def test_what_the_script_says_of_settings_is_said_where_they_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "train.py"
+    path.write_text(script(REMARKS))
+    lines = eject(path).text.splitlines()
+    assert "GRADIENT_CLIP_VAL = 1.0  # the gradients explode otherwise; as in the paper" in lines
+    assert "# precision: half the memory" in lines[:8] and "# checkpoint: 9, ä" in lines[:8]
+    assert "max_steps = 3 * 3" in lines
+    assert 'early_stopping = EarlyStopping(patience=3, monitor="val/loss")  # three are enough' in lines
+
+
 def test_float8_is_refused_with_the_way_to_do_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     message = refused(script(f"max_steps=9, precision='float8-mixed', {OFF}"), tmp_path)
