@@ -134,6 +134,7 @@ def knowledge_of(
     calls = CHECKS | library_checks | ({"materialise"} if not facts.is_abstract else set())
     calls |= {"run.metrics.in_step.clear"} if plain_metrics else frozenset()
     known: dict[str, ast.expr] = {f"cfg.{name}": value for name, value in values.items()}
+    known |= {f"info.settings.{name}": value for name, value in values.items()}  # as what callbacks are told has them
     known["plugins.callbacks"] = ast.Tuple([ast.Name(marked(c.label), ast.Load()) for c in facts.callbacks], ast.Load())
     known["plugins.loggers"] = ast.Tuple([ast.Name(marked(c.label), ast.Load()) for c in facts.loggers], ast.Load())
     known["plugins.hparams"] = ast.Name(marked("hparams"), ast.Load()) if facts.has_hparams else ast.Constant(None)

@@ -111,6 +111,7 @@ ROWS: dict[str, str] = {
     "swa by steps": script(
         f"max_epochs=3, callbacks=[sheer.SWA(start_step=5, every_n_steps=2, bn_loader=False)], {ON}"
     ),
+    "swa up to a step": script(f"max_steps=20, callbacks=[sheer.SWA(start_epoch=2)], {OFF}"),
     "watched": script(
         f"max_epochs=2, callbacks=[sheer.Timer(stop_after=1e3), sheer.DeviceStats(), sheer.Throughput(), {WATCHED}], {OFF}"
     ),
