@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test soak check package snapshots format clean
+.PHONY: demo test soak both-ways check package snapshots format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -21,6 +21,9 @@ test: $(VENV)/.installed  ## all tests, on two cores
 
 soak: $(VENV)/.installed  ## 2,000 kills at random; each line names the seed that does the same again
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --kills 2000
+
+both-ways: $(VENV)/.installed  ## each row of the ejector's matrix goes on from a checkpoint of the other
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.eject.every_row
 
 check: $(VENV)/.installed  ## format, lint, strict types, the code in the docs
 	$(BIN)/ruff format --check .

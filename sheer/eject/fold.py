@@ -205,7 +205,7 @@ class _Folder(ast.NodeTransformer):
             if isinstance(node.slice, ast.Slice) and elements(node.value) == []:
                 return node.value
             if isinstance(node.slice, ast.Constant):
-                known = self.known.values.get(f"{dotted(node.value)}.{node.slice.value}")
+                known = self.known.values.get(f"{dotted(node.value)}.{node.slice.value!s}")
                 found = item_of(node.value, node.slice.value) if known is None else known
             elif isinstance(node.slice, ast.Name) and isinstance(node.value, ast.Dict):
                 keys = [ast.unparse(key) for key in node.value.keys if key is not None]
