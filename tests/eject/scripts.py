@@ -273,6 +273,12 @@ LOADERS = {
     "one loader with workers": script(SAVED, "model, step, train_loader, train_loader, optimizer=optimizer").replace(
         "shuffle=True)", "shuffle=True, num_workers=1, persistent_workers=True)"
     ),
+    "batches with names": loading("TensorDataset(x, y), 16, collate_fn=join", step="named_step", before=NAMED),
+    "pairs": loading("TensorDataset(x, y), 16, shuffle=True, collate_fn=pair", before=PAIRED),
+    "tensors": loading("x, 16, shuffle=True", step="alone", before=ALONE),
+}
+# Loaders that are read as the library reads them.
+READ_ALIKE = {
     "own sampler": loading("TensorDataset(x, y), 16, sampler=Backwards()", before=BACKWARDS),
     "weighted sampler": loading(
         "TensorDataset(x, y), 16, sampler=torch.utils.data.WeightedRandomSampler(list(range(1, 91)), 70)"
@@ -282,9 +288,6 @@ LOADERS = {
     "skipped": script(
         SAVED, "model, step, Skipped(), val_loader, optimizer=optimizer, resume_by_skipping=True", before=SKIPPED
     ),
-    "batches with names": loading("TensorDataset(x, y), 16, collate_fn=join", step="named_step", before=NAMED),
-    "pairs": loading("TensorDataset(x, y), 16, shuffle=True, collate_fn=pair", before=PAIRED),
-    "tensors": loading("x, 16, shuffle=True", step="alone", before=ALONE),
 }
 ROWS |= {
     "loss alone": script(f"max_epochs=2, {OFF}", before=BARE),
@@ -315,6 +318,7 @@ ROWS |= {
     "skip saved": script(f"max_epochs=2, nonfinite='skip', resume='auto', gradient_clip_val=1.0, {ON}"),
     "tensorboard": script(f"max_epochs=2, loggers=[sheer.TensorBoard()], hparams={{'lr': 0.01}}, {ON}"),
     **LOADERS,
+    **READ_ALIKE,
     "limited": script(f"max_epochs=2, limit_train_batches=3, {OFF}"),
     "overfit": script(f"max_epochs=3, overfit_batches=2, {OFF}"),
     "list": script(f"max_epochs=2, {OFF}", "model, step, list(train_loader), val_loader, optimizer=optimizer"),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import sheer
 from sheer.eject.eject import eject
 from tests import forked
-from tests.eject.scripts import CALL, LOADERS, script
+from tests.eject.scripts import CALL, READ_ALIKE, ROWS, script
 
 pytestmark = pytest.mark.xdist_group("checkpoints_both_ways")  # what its tests share is made once
 
@@ -92,20 +92,16 @@ OTHER_LOADERS = [
     "one loader for all",
     "drawn by workers",
     "persistent workers",
-    "own sampler",
-    "weighted sampler",
-    "list, saved",
-    "own state",
-    "skipped",
+    *READ_ALIKE,
 ]
 
 
 @pytest.mark.parametrize("loader", OTHER_LOADERS)
 def test_a_run_goes_on_from_the_other_whatever_its_loader(loader: str, tmp_path: Path) -> None:
     original = tmp_path / "train.py"
-    original.write_text(LOADERS[loader])
-    texts = {"library": LOADERS[loader], "ejected": eject(original).text}
-    start = run if "num_workers" in LOADERS[loader] else run_forked  # workers would be forked once more
+    original.write_text(ROWS[loader])
+    texts = {"library": ROWS[loader], "ejected": eject(original).text}
+    start = run if "num_workers" in ROWS[loader] else run_forked  # workers would be forked once more
 
     def part(kind: str, folder: str, last: int) -> None:
         file = tmp_path / f"{kind}_{last}.py"
