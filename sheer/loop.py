@@ -77,7 +77,6 @@ def fit(
 
     with Session(run), StopSignals() as signals:
         begin(cfg, run, validation)
-        warn_of_changes(run)
         let_validations_be_left(cfg, run, validation, signals)
         if isinstance(cfg.nonfinite, Rollback):
             save_start(cfg, run, restore_random)
@@ -114,6 +113,7 @@ def begin(cfg: Settings, run: Run, validation: Evaluation | None) -> None:
         validate(cfg, run, validation)
     if run.progress.batch == 0 and not run.progress.owes_validation:
         begin_epoch(run)
+    warn_of_changes(run)
 
 
 def let_validations_be_left(cfg: Settings, run: Run, validation: Evaluation | None, signals: StopSignals) -> None:

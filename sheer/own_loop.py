@@ -27,7 +27,7 @@ from sheer.loop import begin, begin_step, count_batches, end_step, finish, log_t
 from sheer.loss import Step
 from sheer.plugins import Plugins
 from sheer.random import set_random_state
-from sheer.resume import open_data, warn_of_changes
+from sheer.resume import open_data
 from sheer.run import Result, Run, result_of
 from sheer.session import Session, leave_if_told
 from sheer.settings import Rollback, Settings, unknown_name
@@ -110,7 +110,6 @@ def own_steps(
 
     with signals:
         begin(cfg, run, None)
-        warn_of_changes(run)
         stream: Iterator[Any] = (
             train.steps(progress, restore_random) if train is not None else without_data(restore_random)
         )

@@ -117,9 +117,9 @@ def test_what_torch_calls_in_between_is_not_the_users() -> None:
     def level_in(*modules: str) -> int:
         call: Callable[[], int] = user_level
         for module in modules:
-            names = {"__name__": module, "inner": call}
+            names: dict[str, Any] = {"__name__": module, "inner": call}
             exec("def outer():\n    return inner()", names)
-            call = names["outer"]  # type: ignore[assignment]
+            call = names["outer"]
         return call()
 
     assert level_in() == 1

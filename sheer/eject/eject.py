@@ -191,13 +191,13 @@ def assembled(
     meanings |= {constant_name(name): f"# {remark}" for name, remark in remarks.items()}
     constants = emit.constants_of(nodes, settings, meanings, Path(facts.file).stem)
     constants += [emit.written([node]) for node in own_constants]
-    imports = emit.imports_of(nodes, library, [name.split(" = ")[0] for name in constants], lifted)
+    placed = [constant.split(" = ")[0] for constant in constants]
+    imports = emit.imports_of(nodes, library, placed, lifted)
     have = script.import_statements()
     new_imports = [statement for statement in [*imports, *rewrite.seeds()] if statement not in have]
     block = emit.formatted("\n".join([*constants, "", "", emit.written(nodes)]))
     own = {function.name: function.name for function in functions.values()}
     rewrite.edit(functions, {**names, **own, **{name: names[twin] for name, twin in used.items()}})
-    placed = {constant.split(" = ")[0] for constant in constants}
     elsewhere = {name for name in remarks if constant_name(name) in placed} | {given.name for given in rewrite.given}
     left = {name: remark for name, remark in remarks.items() if name not in elsewhere}
     text = script.with_block(head(facts, left), emit.sorted_imports(new_imports), block)

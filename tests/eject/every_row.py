@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from sheer.eject.eject import eject
 from tests.eject.scripts import OFF, ON, ROWS
-from tests.eject.test_checkpoints_both_ways import outcome, run
+from tests.eject.test_checkpoints_both_ways import endings
 
 FIRST, LAST = 14, 20  # steps; an epoch has six
 NOT_ALIKE = (
@@ -33,34 +31,13 @@ def saved(text: str) -> str:
     return text if "resume=" in text else text.replace("run_dir='runs/here'", "run_dir='runs/here', resume='auto'")
 
 
-def differences(name: str, folder: Path) -> list[str]:
-    """Return where a row ends otherwise if one of the two goes on from the other."""
-    original = folder / "train.py"
-    original.write_text(saved(ROWS[name]))
-    texts = {"library": original.read_text(), "ejected": eject(original).text}
-
-    def part(kind: str, where: str, last: int) -> None:
-        file = folder / f"{kind}_{last}.py"
-        limit = re.compile(f"(max_steps=|MAX_STEPS = ){LAST}")
-        file.write_text(limit.sub(lambda found: found[1] + str(last), texts[kind]))
-        run(file, folder / where)
-
-    for first in texts:
-        part(first, first, FIRST)
-        shutil.copytree(folder / first, folder / f"from the {first}", symlinks=True)
-    ways = {"library": "library", "ejected": "ejected", "from the library": "ejected", "from the ejected": "library"}
-    for where, kind in ways.items():
-        part(kind, where, LAST)
-    ends = {where: json.dumps(outcome(folder / where / "runs/here")) for where in ways}
-    return [where for where, end in ends.items() if end != ends["library"]]
-
-
 def main(*names: str) -> int:
     """Try all rows, or those that are named; return how many failed."""
     failed = 0
     for name in names or [name for name in ROWS if name not in NOT_ALIKE]:
         with tempfile.TemporaryDirectory() as folder:
-            wrong = differences(name, Path(folder))
+            ends = endings(saved(ROWS[name]), Path(folder), FIRST, LAST)
+        wrong = [who for who, end in ends.items() if json.dumps(end) != json.dumps(ends["library, library"])]
         failed += bool(wrong)
         print(f"{name}: {'equal' if not wrong else 'DIFFERS: ' + ', '.join(wrong)}", flush=True)
     return failed

@@ -86,6 +86,30 @@ def test_a_run_goes_on_from_the_other(
     assert outcome(tmp_path / "mixed/run") == outcome(tmp_path / "reference/run")
 
 
+def endings(text: str, folder: Path, first: int, last: int) -> dict[str, Any]:
+    """Return how a script ends at step `last`, by who made the steps up to `first` and who the others; its text has `max_steps=last`."""
+    original = folder / "train.py"
+    original.write_text(text)
+    texts = {"library": text, "ejected": eject(original).text}
+    start = run if "num_workers" in text else run_forked  # workers would be forked once more
+    limit = re.compile(f"(max_steps=|MAX_STEPS = ){last}")
+
+    def part(kind: str, where: str, end: int) -> None:
+        file = folder / f"{kind}_{end}.py"
+        file.write_text(limit.sub(lambda found: found[1] + str(end), texts[kind]))
+        start(file, folder / where)
+
+    ends: dict[str, Any] = {}
+    for begins in texts:
+        part(begins, begins, first)
+        for goes_on in texts:
+            where = f"{begins}, {goes_on}"
+            shutil.copytree(folder / begins, folder / where, symlinks=True)
+            part(goes_on, where, last)
+            ends[where] = outcome(folder / where / "runs/here")
+    return ends
+
+
 OTHER_LOADERS = [
     "in order, saved",
     "drawn by this process",
@@ -98,24 +122,6 @@ OTHER_LOADERS = [
 
 @pytest.mark.parametrize("loader", OTHER_LOADERS)
 def test_a_run_goes_on_from_the_other_whatever_its_loader(loader: str, tmp_path: Path) -> None:
-    original = tmp_path / "train.py"
-    original.write_text(ROWS[loader])
-    texts = {"library": ROWS[loader], "ejected": eject(original).text}
-    start = run if "num_workers" in ROWS[loader] else run_forked  # workers would be forked once more
-
-    def part(kind: str, folder: str, last: int) -> None:
-        file = tmp_path / f"{kind}_{last}.py"
-        file.write_text(
-            re.sub("max_steps=15|MAX_STEPS = 15", lambda found: found[0].replace("15", str(last)), texts[kind])
-        )
-        start(file, tmp_path / folder)
-
-    for first in texts:
-        part(first, first, 8)  # in the middle of an epoch
-        shutil.copytree(tmp_path / first, tmp_path / f"{first} goes on", symlinks=True)
-    part("library", "library", 15)
-    part("ejected", "library goes on", 15)
-    part("library", "ejected goes on", 15)
-    reference = outcome(tmp_path / "library/runs/here")
-    assert outcome(tmp_path / "library goes on/runs/here") == reference
-    assert outcome(tmp_path / "ejected goes on/runs/here") == reference
+    ends = endings(ROWS[loader], tmp_path, 8, 15)  # 8: in the middle of an epoch
+    for end in ends.values():
+        assert end == ends["library, library"]

@@ -97,11 +97,11 @@ def test_an_empty_iterable(empty: Any) -> None:
 @pytest.mark.parametrize(("lengths", "said"), [(90, "10 samples would never be seen"), (103, "some are of no sample")])
 def test_lengths_of_another_number_of_samples(lengths: int, said: str) -> None:
     words = ("a dataset of 100 samples", f"LengthGroupedBatches was given {lengths} lengths", said, "in its order")
-    grouped = LengthGroupedBatches([3] * lengths, 10)
+    grouped: Any = LengthGroupedBatches([3] * lengths, 10)
     wrong = DataLoader(dataset(), batch_sampler=grouped)
     refused(DataError, "The training loader has", *words, loader=wrong)
     refused(DataError, "The training loader has", *words, loader={"a": loader(), "b": wrong})
-    refused(DataError, *words, loader=DataLoader(dataset(), sampler=grouped, batch_size=None))  # type: ignore[arg-type]
+    refused(DataError, *words, loader=DataLoader(dataset(), sampler=grouped, batch_size=None))
     refused(DataError, "The loader to validate on has", *words, val_loader=wrong)
     with pytest.raises(DataError, match=r"The loader to evaluate on has .* lengths"):
         sheer.Trainer().test(model(), step, wrong)
