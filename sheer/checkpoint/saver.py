@@ -29,7 +29,8 @@ from sheer.checkpoint.store import (
 )
 from sheer.errors import RunError
 
-_OWN = re.compile(r"\.?(model|training|optimizer|state|rank|manifest)[-.].*")  # the files that a save writes
+# The files that a save writes, and what safetensors calls one until it is whole.
+_OWN = re.compile(r"\.?(model|training|optimizer|state|rank|manifest)[-.].*|\.tmp\w{6}")
 
 
 class Saver:
