@@ -273,7 +273,7 @@ def reason_of(error: BaseException) -> str:
     place = ""
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if "site-packages" not in file and "/sheer/" not in file:
+        if "site-packages" not in file and not str(trace.tb_frame.f_globals.get("__name__")).startswith("sheer."):
             place = f" ({file.rsplit('/', 1)[-1]}:{trace.tb_lineno})"
         trace = trace.tb_next
     return f"the step waits for the device, or does what a graph cannot hold: {str(error).splitlines()[0]}{place}"
