@@ -4,8 +4,9 @@
     python benchmarks/overhead.py --blocks 100
 
 All train the same small network on the same data with the same fused optimizer. Each runs in a thread of its own, and they take turns
-in blocks of ten steps, in random order, so that whatever the machine does meets all of them. What is compared is the lower quartile
-of the blocks, once from the even blocks and once from the odd ones: where the two halves differ by more than 10 µs, only the calls count.
+in blocks of ten steps, in random order, so that whatever the machine does meets all of them. Five steps before each block are not timed:
+the turns of the others have left the caches cold, which no training meets. What is compared is the lower quartile of the blocks, once
+from the even blocks and once from the odd ones: where the two halves differ by more than 10 µs, only the calls count.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 BLOCK = 10
+WARM_UP = 5
+TURN = WARM_UP + BLOCK
 LOG_EVERY = 50
 Tick = Callable[[], None]
 
@@ -324,13 +327,15 @@ class Arm(threading.Thread):
 
     def tick(self) -> None:
         self.step += 1
-        if self.step % BLOCK == 0:
+        place = self.step % TURN
+        if place == 0:
             self.times.append((time.perf_counter_ns() - self.began) / BLOCK / 1000)
             sys.setprofile(None)
             self.paused.release()
             self.go.acquire()
             if self.counting:
                 sys.setprofile(self.count)
+        elif place == WARM_UP:
             self.began = time.perf_counter_ns()
 
     def count(self, frame: Any, event: str, argument: Any) -> None:
@@ -346,7 +351,7 @@ class Arm(threading.Thread):
 
 def measured(blocks: int) -> list[Arm]:
     """Run all arms in turn, and count the calls of each afterwards."""
-    arms = [Arm(name, train, (blocks + 50) * BLOCK) for name, train in ARMS.items()]
+    arms = [Arm(name, train, (blocks + 50) * TURN) for name, train in ARMS.items()]
     for arm in arms:
         arm.start()
         for _ in range(10):
@@ -383,7 +388,7 @@ def print_steps(arms: list[Arm], blocks: int) -> None:
         times, base_times = arm.times[:blocks], base.times[:blocks]
         halves = [quartile(times[half::2]) - quartile(base_times[half::2]) for half in (0, 1)]
         more = quartile(times) - quartile(base_times)
-        calls, base_calls = arm.calls / (10 * BLOCK), base.calls / (10 * BLOCK)
+        calls, base_calls = arm.calls / (10 * TURN), base.calls / (10 * TURN)
         if name == base.name:
             print(f"| {name} | {quartile(times):.0f} | | {calls:.0f} | |")
         else:
@@ -426,7 +431,7 @@ overhead.{function}(tick, 1000)
 
 
 def print_starts(repeats: int = 5) -> None:
-    """Print import time, time from launch to the first step, and peak memory, the least of several starts."""
+    """Print import time, time from launch to the first step, and peak memory, the least of several starts; the first also compiles."""
     print("\n| | import, s over torch | launch to first step, s | peak memory, MiB |\n| --- | --- | --- | --- |")
     folder = str(Path(__file__).parent)
     imports: dict[str, list[float]] = {name: [] for name in IMPORTS}
@@ -444,9 +449,9 @@ def print_starts(repeats: int = 5) -> None:
 
 
 def output(code: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, check=False
-    )
+    compiled = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=compiled)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout

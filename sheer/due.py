@@ -41,4 +41,4 @@ def save_is_due(cfg: Settings, run: Run, at_end: bool) -> bool:
         return True
     if cfg.checkpoint.every_n_epochs is not None and at_end and run.progress.epoch % cfg.checkpoint.every_n_epochs == 0:
         return True
-    return is_among_best(cfg, run)
+    return run.progress.validated_at == run.progress.step and is_among_best(cfg, run)

@@ -26,7 +26,7 @@ from sheer.metrics import Media, Metrics, contents
 from sheer.signals import ToldToLeave
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Compute:
     """Where a step is computed, and in which precision."""
 

@@ -164,7 +164,8 @@ def begin_step(run: Run, batch: StepBatch | None) -> None:
     """Count the step that begins, and tell the callbacks."""
     run.progress.step += 1
     run.metrics.in_step.clear()
-    run.rewind.states.extend(map(torch.Generator.get_state, run.rewind.generators))
+    if run.rewind is not None:
+        run.rewind.take()
     for callback in run.events.step_start:
         callback.on_step_start(run.progress.step, run.model, batch)
 
@@ -208,7 +209,7 @@ def end_step(
         return True
     if progress.step == run.info.start_step + 1:
         prepare_memory(cfg, run)
-    if run.saver.is_writing and is_saved(cfg, run):
+    if run.saver.writing is not None and is_saved(cfg, run):
         tell_of_save(run)
     if cfg.checkpoint is not None and save_is_due(cfg, run, epoch_ended):
         save_and_tell(cfg, run, wait=not cfg.checkpoint.asynchronous)
@@ -251,11 +252,12 @@ def end_or_go_back(
 def count_batches(run: Run, batch: StepBatch | None, epoch_ended: bool) -> None:
     """Count what a step was trained on."""
     progress = run.progress
-    progress.batch += len(batch or ())
-    if run.ranks is not None and batch is not None:
-        progress.samples += batch.total
-    else:
-        progress.samples += sum([samples for _, samples in batch or ()])
+    if batch is not None:
+        progress.batch += len(batch)
+        if run.ranks is not None:
+            progress.samples += batch.total
+        else:
+            progress.samples += batch[0][1] if len(batch) == 1 else sum([samples for _, samples in batch])
     if epoch_ended:
         progress.epoch += 1
         progress.batch = 0

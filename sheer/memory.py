@@ -72,7 +72,8 @@ def make_room(cfg: Settings, run: Run, batch: StepBatch, error: torch.OutOfMemor
     for parameter in run.model.parameters():
         parameter.grad = None
     run.metrics.forget_step()
-    set_generators(run.rewind.generators, run.rewind.states)
+    if run.rewind is not None:
+        set_generators(run.rewind.generators, run.rewind.states)
     if run.compute.device.type != "cpu":
         torch.accelerator.empty_cache()
     in_all = sum(samples for _, samples in batch) if run.ranks is None else batch.total

@@ -104,6 +104,8 @@ class _Sum:
 class Metrics:
     """What steps returned since the last reading. Adding touches no value; `read` transfers all of them at once."""
 
+    __slots__ = ("_computed", "_held", "_media", "_sent", "_sums", "in_step")
+
     def __init__(self) -> None:
         self._sums: dict[str, _Sum] = {}
         self._computed: dict[str, Computed] = {}
@@ -112,8 +114,12 @@ class Metrics:
         self._sent: _Transfer | None = None  # what is on its way to the host
         self.in_step: list[_Sum] = []  # what the step that runs has added a value to, in order; the loop empties it
 
-    def add(self, output: Any, samples: int, prefix: str = "") -> None:
+    def add(
+        self, output: Any, samples: int, prefix: str = "", loss: Tensor | None = None, kept: Tensor | None = None
+    ) -> None:
         """Add what a step returned for a micro-batch of `samples`: a loss, or a mapping of names to values.
+
+        `kept` is `detached_number(loss)`, where that is at hand: a value that is this very `loss` is not detached again.
 
         Raises:
             StepError: a value is of a kind that cannot be a metric.
@@ -125,8 +131,7 @@ class Metrics:
         for name, value in values.items():
             entry = self._sums.get(prefix + name)
             if type(value) is Tensor and entry is not None and entry.weighted and value.dim() == 0:
-                kept = value.detach()
-                entry.totals.append(kept if kept.untyped_storage().nbytes() <= SMALL else kept.clone())
+                entry.totals.append(kept if value is loss and kept is not None else detached_number(value))
                 entry.counts.append(samples)
                 self.in_step.append(entry)
                 if len(entry.totals) == _MOST_KEPT:
@@ -317,6 +322,12 @@ def put_back(kept: list[tuple[Any, dict[str, Any]]]) -> None:
         vars(metric).update(content)
 
 
+def detached_number(value: Tensor) -> Tensor:
+    """Return one number without its graph, and in a memory of its own: that of `mse_loss` lies in the memory of all the squares."""
+    number = value.detach()
+    return number if number.untyped_storage().nbytes() <= SMALL else number.clone()
+
+
 def _scalar(name: str, value: Number) -> Number:
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -324,8 +335,7 @@ def _scalar(name: str, value: Number) -> Number:
                 f"The step returned {name!r} with shape {list(value.shape)}; a metric is one number. Return its mean, or "
                 "sheer.mean(values, mask) where not every value counts."
             )
-        kept = value.detach().reshape(())
-        return kept if kept.untyped_storage().nbytes() <= SMALL else kept.clone()
+        return detached_number(value).reshape(())
     return float(value)
 
 

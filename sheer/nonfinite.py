@@ -8,7 +8,6 @@ from torch import Tensor
 from sheer.distributed.agree import gathered
 from sheer.distributed.mesh import Ranks
 from sheer.errors import NonFiniteError
-from sheer.metrics import SMALL
 
 _MOST_WATCHED = 1024
 
@@ -16,28 +15,29 @@ _MOST_WATCHED = 1024
 class Watch:
     """Values on the device, each with its step, tested together when `check` is called."""
 
+    __slots__ = ("_folded", "_new", "_seen", "_skips")
+
     def __init__(self) -> None:
-        self._values: list[Tensor] = []
-        self._seen: list[tuple[int, str]] = []
+        self._new: list[tuple[int, str, Tensor]] = []
+        self._seen: list[tuple[int, str]] = []  # of those that are folded
         self._folded: list[Tensor] = []
         self._skips: list[tuple[list[int], Tensor]] = []
 
     def add(self, step: int, what: str, value: Tensor) -> None:
-        """Keep a scalar to be tested."""
-        kept = value.detach()
-        self._values.append(kept if kept.untyped_storage().nbytes() <= SMALL else kept.clone())
-        self._seen.append((step, what))
-        if len(self._values) == _MOST_WATCHED:
+        """Keep one number to be tested, which holds nothing else in memory (see `detached_number`)."""
+        self._new.append((step, what, value))
+        if len(self._new) == _MOST_WATCHED:
             self._fold()
 
     def _fold(self) -> None:
-        scalars = [value if value.dim() == 0 else value.reshape(()) for value in self._values]
+        self._seen += [(step, what) for step, what, _ in self._new]
+        scalars = [value if value.dim() == 0 else value.reshape(()) for _, _, value in self._new]
         self._folded.append(torch.isfinite(torch.stack(scalars)))
-        self._values.clear()
+        self._new.clear()
 
     def add_column(self, seen: list[tuple[int, str]], values: Tensor) -> None:
         """Keep the values of many steps at once, each with its step and what it is."""
-        if self._values:
+        if self._new:
             self._fold()
         self._seen += seen
         self._folded.append(torch.isfinite(values))
@@ -59,7 +59,7 @@ class Watch:
 
         What was added is forgotten.
         """
-        if self._values:
+        if self._new:
             self._fold()
         finite = torch.cat(self._folded).tolist() if self._folded else []
         seen = list(self._seen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,14 +86,15 @@ class Before:
     """
 
     def __init__(self, device: torch.device) -> None:
-        of_device: Sequence[torch.Generator] = ()
-        if device.type != "cpu":
-            all_devices = getattr(torch.get_device_module(device), "default_generators", ())
-            of_device = all_devices[device.index or 0 : (device.index or 0) + 1]
-        self.generators = (torch.default_generator, *of_device)
-        self.states: deque[torch.Tensor] = deque(maxlen=len(self.generators))
+        all_devices = getattr(torch.get_device_module(device), "default_generators", ())
+        self.generators = (torch.default_generator, *all_devices[device.index or 0 :][:1])
+        self.states: list[torch.Tensor] = []
+
+    def take(self) -> None:
+        """Take the states as they are."""
+        self.states = [generator.get_state() for generator in self.generators]
 
 
-def state_before(device: torch.device) -> Before:
-    """Return what remembers the states before each step that computes on a device."""
-    return Before(device)
+def state_before(device: torch.device) -> Before | None:
+    """Return what takes the states before each step on a device; None for the CPU, where no step runs out of a device's memory."""
+    return None if device.type == "cpu" else Before(device)

@@ -43,7 +43,7 @@ class Result:
     run_dir: Path
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Run:
     """What `fit` and one's own loop work on."""
 
@@ -64,7 +64,7 @@ class Run:
     loggers: Loggers
     console: Console
     saver: Saver
-    rewind: Before  # what a step is done again from, where memory runs out
+    rewind: Before | None  # what a step is done again from, where the device's memory runs out
     info: RunInfo
     record: dict[str, Any]  # what `run.json` is to hold
     total_steps: int | None

@@ -199,13 +199,8 @@ def check_weights(model: nn.Module, step: int, ranks: Ranks | None) -> None:
 
 
 def is_among_best(cfg: Settings, run: Run) -> bool:
-    """Whether the metrics of the last validation belong to the best that are kept."""
-    if (
-        cfg.checkpoint is None
-        or cfg.monitor is None
-        or cfg.checkpoint.keep_best == 0
-        or run.progress.validated_at != run.progress.step
-    ):
+    """Whether the metrics of a validation, right behind it, belong to the best that are kept."""
+    if cfg.checkpoint is None or cfg.monitor is None or cfg.checkpoint.keep_best == 0:
         return False
     if is_other_rank(run.ranks):  # the folder is rank 0's
         return agreed(run.ranks, False)

@@ -19,7 +19,7 @@ from sheer.distributed.sequence import sharing_sequences
 from sheer.distributed.steps import parts_of_rank, step_on_ranks, synchronised_last, weightless
 from sheer.errors import NonFiniteError, SheerWarning, StepError, user_level
 from sheer.loss import Step, loss_in, no_loss
-from sheer.metrics import Mean, Number, contents
+from sheer.metrics import Mean, Number, contents, detached_number
 from sheer.run import Run
 from sheer.settings import Rollback, Settings
 
@@ -70,9 +70,10 @@ def backward(cfg: Settings, run: Run, step_function: Step, numbered: bool, batch
             run.scaler.scale(loss).backward()
         else:
             loss.backward()
+        kept = detached_number(loss)
         if cfg.nonfinite not in ("skip", "ignore"):
-            run.watch.add(run.progress.step, "loss", loss)
-        run.metrics.add(output, samples, prefix)
+            run.watch.add(run.progress.step, "loss", kept)
+        run.metrics.add(output, samples, prefix, loss, kept)
     if counts:
         count = sum(counts) if run.ranks is None else mean_over_ranks(sum(counts), run.ranks)
         scale_gradients(run, total / nonzero(count))
@@ -121,7 +122,6 @@ def backward_of(run: Run) -> Callable[..., Any]:
 
 def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) -> None:
     """Clip the gradients of `optimizer`, update its parameters, clear the gradients, and move `scheduler`."""
-    parameters = run.parameters[optimizer]
     if optimizer in run.unused:
         check_first_gradients(run, optimizer)
     if run.scaler is not None:
@@ -129,16 +129,8 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
     for callback in run.events.gradients:
         callback.on_gradients(run.progress.step, run.model)
 
-    if cfg.nonfinite not in ("raise", "ignore") or (
-        cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm"
-    ):
-        norm = norm_of(run, parameters)
-    if isinstance(cfg.nonfinite, Rollback) and run.scaler is None:  # so that the bad step is named exactly
-        run.watch.add(run.progress.step, "gradient norm", norm)
-    if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm":
-        clip_norm(cfg, run, parameters, cfg.gradient_clip_val, norm)
-    if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "value":
-        clip_values(cfg.gradient_clip_val, run, parameters)
+    if cfg.gradient_clip_val is not None or cfg.nonfinite not in ("raise", "ignore"):
+        norm = clip_gradients(cfg, run, run.parameters[optimizer])
 
     if run.scaler is not None:
         run.scaler.step(optimizer)
@@ -147,6 +139,7 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
         run.progress.scale = run.scaler.get_scale()  # waits for the device: the one flag a step
         taken = run.progress.scale >= before
     elif cfg.nonfinite == "skip":
+        assert norm is not None
         taken = math.isfinite(norm)  # waits for the device: the one flag a step
         if taken:
             optimizer.step()
@@ -168,6 +161,23 @@ def norm_of(run: Run, parameters: list[nn.Parameter]) -> Tensor:
     if run.ranks is None:
         return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     return global_norm([parameter.grad for parameter in parameters if parameter.grad is not None], run.ranks)
+
+
+def clip_gradients(cfg: Settings, run: Run, parameters: list[nn.Parameter]) -> Tensor | None:
+    """Clip gradients as the settings say. Returns their norm from before; None if it was not needed."""
+    if cfg.gradient_clip_algorithm == "value" and cfg.nonfinite in ("raise", "ignore"):
+        assert cfg.gradient_clip_val is not None
+        clip_values(cfg.gradient_clip_val, run, parameters)
+        return None
+
+    norm = norm_of(run, parameters)
+    if isinstance(cfg.nonfinite, Rollback) and run.scaler is None:  # so that the bad step is named exactly
+        run.watch.add(run.progress.step, "gradient norm", norm)
+    if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm":
+        clip_norm(cfg, run, parameters, cfg.gradient_clip_val, norm)
+    if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "value":
+        clip_values(cfg.gradient_clip_val, run, parameters)
+    return norm
 
 
 def clip_norm(cfg: Settings, run: Run, parameters: list[nn.Parameter], largest: float, norm: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import sheer
 from sheer.errors import StepError
-from sheer.metrics import Metrics
+from sheer.metrics import Metrics, detached_number
 from sheer.nonfinite import Watch
 from tests.task import dataset, loader, model, step, trainer
 
@@ -137,9 +137,11 @@ def test_a_scalar_in_a_large_memory_is_copied_out_of_it(value: Tensor) -> None:
     """As mse_loss returns it: kept as it is, every step would hold all of its squares until the next log point."""
     metrics, watch = Metrics(), Watch()
     for _ in range(2):
+        alone = detached_number(value)
+        metrics.add({"loss": value, "other": value}, 4, "", value, alone)
         metrics.add({"loss": value}, 4)
-        watch.add(1, "loss", value)
-    for kept in (*metrics._sums["loss"].totals, *watch._values):
+        watch.add(1, "loss", alone)
+    for kept in (*metrics._sums["loss"].totals, *(kept for _, _, kept in watch._new)):
         assert isinstance(kept, Tensor) and kept.untyped_storage().nbytes() <= 64
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 import sheer
+from sheer.random import Before, state_before
 from tests.ranks import run_on_ranks
 from tests.task import assert_same, loader, trainer
 from tests.task import model as model_with_norm
@@ -99,7 +100,15 @@ def test_what_the_first_micro_batches_of_the_step_added_is_taken_back() -> None:
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_the_step_is_done_again_from_the_same_random_state() -> None:
+def test_the_step_is_done_again_from_the_same_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's generator is put back, which a step on a device may draw from: here that step is on the CPU, for which none is kept."""
+
+    def state_on_a_device(device: torch.device) -> Before:
+        assert state_before(device) is None
+        return Before(device)
+
+    monkeypatch.setattr("sheer.start.state_before", state_on_a_device)
+
     def with_dropout() -> nn.Module:
         return nn.Sequential(model(), nn.Dropout(0.5))
 

@@ -179,6 +179,43 @@ def test_nothing_of_ours_waits_for_the_device_between_log_points() -> None:
     assert per_twenty_ours <= per_twenty_plain
 
 
+def test_a_step_runs_the_operations_of_a_hand_written_one_and_no_others() -> None:
+    """One detach of the loss, which metric and watch share; no copy of a random state; no test for NaN before the log point."""
+
+    def operations(train: Any) -> Counter[str]:
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            train()
+        return Counter({e.key: e.count for e in profiled.key_averages() if e.key.startswith("aten::")})
+
+    def plain(steps: int) -> None:
+        net, optimizer = network()
+        x, y = data()[:32]
+        losses = []
+        for _ in range(steps):
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+
+    def ours(steps: int) -> None:
+        net, optimizer = network()
+        x, y = data()[:32]
+        trainer(max_steps=steps, log_every_n_steps=10_000).fit(
+            net, lambda m, b: {"loss": F.cross_entropy(m(b[0]), b[1])}, [(x, y)] * steps, optimizer=optimizer
+        )
+
+    in_twenty_plain = operations(lambda: plain(25))
+    in_twenty_plain.subtract(operations(lambda: plain(5)))
+    in_twenty_ours = operations(lambda: ours(25))
+    in_twenty_ours.subtract(operations(lambda: ours(5)))
+    # The log point at the end stacks the values: to be read, and to be tested.
+    stacked = in_twenty_ours.pop("aten::unsqueeze")
+    in_twenty_ours["aten::as_strided"] -= stacked
+    assert in_twenty_ours["aten::detach"] == in_twenty_plain["aten::detach"] >= 20
+    assert +in_twenty_ours == +in_twenty_plain
+
+
 def test_three_frames_lie_between_fit_and_the_users_step() -> None:
     frames: list[str] = []
 

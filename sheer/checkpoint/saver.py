@@ -54,7 +54,7 @@ class Saver:
         self._staging = Staging(device)
         self._rest: list[str] = []  # folders to be deleted: cut off, or found damaged
         self._preparing: Beside | None = None
-        self._writing: Beside | None = None
+        self.writing: Beside | None = None  # what was given, and was not waited for yet
         self._given = (0, Path())  # step and folder of what is being written
         self._gone = Event()
 
@@ -101,7 +101,7 @@ class Saver:
         expected = Saved(folder, content.step, numbers_in(content.facts["metrics"]), {})
         self.expected = staying_of([*self.expected, expected], self.keep)
         self._given = content.step, folder
-        self._writing = Beside(
+        self.writing = Beside(
             functools.partial(self._write, name, dataclasses.replace(content, tensors=tensors), event)
         )
 
@@ -120,19 +120,14 @@ class Saver:
         return self.disk.pointed_path(link)
 
     @property
-    def is_writing(self) -> bool:
-        """Whether something was given to be written, and was not waited for yet."""
-        return self._writing is not None
-
-    @property
     def is_written(self) -> bool:
         """Whether what was given is written, or failed, so that `wait` will not take long."""
-        return self._writing is not None and self._writing.done()
+        return self.writing is not None and self.writing.done()
 
     @property
     def has_failed(self) -> bool:
         """Whether what was given could not be written, as `wait` will say."""
-        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
 
     def wait(self) -> tuple[int, Path] | None:
         """Wait until what is being written, if anything, is committed; return its step and folder.
@@ -140,7 +135,7 @@ class Saver:
         Raises:
             RunError: it could not be written; what there was before is as it was.
         """
-        writing, self._writing = self._writing, None
+        writing, self.writing = self.writing, None
         if writing is None:
             return None
         try:

@@ -19,7 +19,7 @@ from sheer.distributed.wrap import Sharding, compile_unit, shard, units_of
 from sheer.errors import DataError, SettingsError, StepError
 from sheer.initialise import materialise
 from sheer.loss import Step
-from sheer.metrics import Computed, Mean, Metrics
+from sheer.metrics import Computed, Mean, Metrics, detached_number
 from sheer.nonfinite import Watch
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ class Pipeline(nn.Module):
             metrics.add(output, samples, prefix)
             if watch is not None:
                 loss = output["loss"] if isinstance(output, Mapping) else output
-                watch.add(step, "loss", torch.as_tensor(loss.total if isinstance(loss, Mean) else loss))
+                watch.add(
+                    step, "loss", detached_number(torch.as_tensor(loss.total if isinstance(loss, Mean) else loss))
+                )
         count = self.steps.count_of(outputs)
         factor = None if count is None else total / mean_over_ranks(count, self.ranks).clamp(min=1e-12)
         return (outputs[-1] if outputs else None), factor

@@ -35,7 +35,7 @@ INPUT_ERRORS = frozenset(
 )
 CHECKS = frozenset(
     {
-        "check_first_gradients", "refuse_closure", "refuse_other_schedulers", "refuse_another_optimizer", "refuse_differences", "refuse_other_run", "forget_copies", "note_changes", "warn_of_changes", "prepare_memory", "tell_of_save", "run.saver.open", "agree_on_parts", "collect_if_due", "report_recompilations", "run.rewind.states.extend", "run.metrics.send", "run.console.say", "run.console.expect", "let_validations_be_left", "remember",
+        "check_first_gradients", "refuse_closure", "refuse_other_schedulers", "refuse_another_optimizer", "refuse_differences", "refuse_other_run", "forget_copies", "note_changes", "warn_of_changes", "prepare_memory", "tell_of_save", "run.saver.open", "agree_on_parts", "collect_if_due", "report_recompilations", "run.metrics.send", "run.console.say", "run.console.expect", "let_validations_be_left", "remember",
         "run.loggers.log_media",
     }
 )  # fmt: skip
@@ -95,6 +95,7 @@ def absent_in_run(facts: Facts) -> dict[str, str]:
         "compute.autocast": ("nullcontext()", facts.settings["precision"].endswith("-mixed")),
         "told": ("None", False),
         "ends_owed": ("False", False),
+        "rewind": ("None", False),
         "compute.dtype": ("None", facts.settings["precision"] in ("bf16-true", "64-true")),
     }
     empty["info.settings"] = ("{}", False)
@@ -144,7 +145,7 @@ def knowledge_of(
         known["model.training"] = ast.Constant(True)
     for holder in ("run", "self.run"):
         known[f"{holder}.loggers.members"] = parsed(f"{holder}.loggers")
-        known[f"{holder}.saver.is_writing"] = ast.Constant(False)
+        known[f"{holder}.saver.writing"] = ast.Constant(None)
         known[f"{holder}.progress.owes_validation"] = ast.Constant(False)  # `plain_state` refuses such a checkpoint
         known |= {f"{holder}.{name}": parsed(value) for name, value in absent_in_run(facts).items()}
     known |= {
@@ -292,6 +293,8 @@ def answers_of(facts: Facts) -> dict[str, Answer]:
         "Watch": lambda call: parsed("[]"),
         "PlainWatched": lambda call: parsed("[]"),
         "run.watch.add": watched,
+        "detached_number": lambda call: parsed(f"{ast.unparse(call.args[0])}.detach().clone()"),
+        "run.metrics.add": lambda call: ast.Call(call.func, call.args[:3], []),
         "run.watch.check": lambda call: parsed("plain_check(run.watch)"),
         "run.metrics.take_media": lambda call: parsed("{}"),
         "metrics.take_media": lambda call: parsed("{}"),
@@ -340,11 +343,9 @@ def found_checkpoint(facts: Facts, call: ast.Call) -> ast.expr:
 
 
 def watched(call: ast.Call) -> ast.expr:
-    """Return what keeps a loss or a norm to be tested: losses with their gradients' graphs gone."""
+    """Return what keeps a loss or a norm to be tested."""
     step, what, value = call.args
-    return parsed(
-        f"run.watch.append(({ast.unparse(step)}, {ast.unparse(what)}, {ast.unparse(value)}.detach().clone()))"
-    )
+    return parsed(f"run.watch.append(({ast.unparse(step)}, {ast.unparse(what)}, {ast.unparse(value)}))")
 
 
 def built(made: ast.expr, arguments: list[ast.expr]) -> ast.expr | None:

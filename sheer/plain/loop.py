@@ -200,13 +200,8 @@ def plain_extra(model: nn.Module) -> dict[str, Any]:
 
 
 def plain_is_among_best(cfg: Settings, run: Run) -> bool:
-    """Whether the metrics of the last validation belong to the best that are kept."""
-    if (
-        cfg.checkpoint is None
-        or cfg.monitor is None
-        or cfg.checkpoint.keep_best == 0
-        or run.progress.validated_at != run.progress.step
-    ):
+    """Whether the metrics of a validation, right behind it, belong to the best that are kept."""
+    if cfg.checkpoint is None or cfg.monitor is None or cfg.checkpoint.keep_best == 0:
         return False
     value, step = run.progress.metrics[cfg.monitor], run.progress.step
     earlier = [m["metrics"].get(cfg.monitor) for m in plain_committed(run.checkpoints).values() if m["step"] < step]

@@ -44,7 +44,9 @@ class Recorder:
         """Return the metric objects that were added: none can be."""
         return []
 
-    def add(self, output: Any, samples: int, prefix: str = "") -> None:
+    def add(
+        self, output: Any, samples: int, prefix: str = "", loss: Tensor | None = None, kept: Tensor | None = None
+    ) -> None:
         """Do as `Metrics.add`."""
         for name, value in ({"loss": output} if isinstance(output, (Tensor, Mean)) else output).items():
             if isinstance(value, Mean):

@@ -60,11 +60,11 @@ def test_what_is_saved_is_the_state_at_the_save_whatever_training_does_meanwhile
     given = content(1, 1.0)
     own.save("step-00000001", given, wait=False)
     given.tensors["model"]["w"].fill_(2.0)
-    assert own.is_writing and not own.is_written and not (tmp_path / "step-00000001" / MANIFEST).exists()
+    assert own.writing is not None and not own.is_written and not (tmp_path / "step-00000001" / MANIFEST).exists()
     held.go.set()
     assert own.wait() == (1, tmp_path / "step-00000001")
     assert load_file(tmp_path / "step-00000001" / "model.safetensors")["w"].tolist() == [1.0] * 3
-    assert not own.is_writing and own.wait() is None
+    assert own.writing is None and own.wait() is None
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -378,9 +378,7 @@ def evaluate(
 
 
 def is_among_best(run_dir: Path, progress: Progress) -> bool:
-    """Whether the metrics of the last validation belong to the best that are kept."""
-    if progress.validated_at != progress.step:
-        return False
+    """Whether the metrics of a validation, right behind it, belong to the best that are kept."""
     value = progress.metrics[MONITOR]
     step = progress.step
     earlier = [m["metrics"].get(MONITOR) for m in committed(run_dir / "checkpoints").values() if m["step"] < step]
@@ -554,7 +552,7 @@ def fit(
 
             norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
             clip_grads_with_norm_(parameters, GRADIENT_CLIP_VAL, norm)
-            run.watch.append((run.progress.step, "gradient norm", norm.detach().clone()))
+            run.watch.append((run.progress.step, "gradient norm", norm))
 
             optimizer.step()
             optimizer.zero_grad()
@@ -579,7 +577,9 @@ def fit(
             if stop is not None:
                 run.progress.stopped_by = stop
                 break
-            if run.progress.step % CHECKPOINT_EVERY_N_STEPS == 0 or is_among_best(run_dir, run.progress):
+            if run.progress.step % CHECKPOINT_EVERY_N_STEPS == 0 or (
+                run.progress.validated_at == run.progress.step and is_among_best(run_dir, run.progress)
+            ):
                 save(run, steps, train)
         goes_on = (run.progress.stopped_by or "").startswith("SIG")
         if not goes_on:

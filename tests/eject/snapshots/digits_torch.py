@@ -110,7 +110,7 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
 
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         clip_grads_with_norm_(parameters, GRADIENT_CLIP_VAL, norm)
-        watch.append((step, "gradient norm", norm.detach().clone()))
+        watch.append((step, "gradient norm", norm))
 
         optimizer.step()
         optimizer.zero_grad()

@@ -40,7 +40,7 @@ EXIT_STATUS = 85  # of a process that saved and left because it was told to
 DURATIONS = "max_steps", "max_epochs", "max_time"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Compute:
     """Where a step is computed, and in which precision."""
 
@@ -257,7 +257,7 @@ class Metrics:
         }
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Run:
     """What `fit` and one's own loop work on."""
 
@@ -305,7 +305,8 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def count_batches(run: Run, batch: list[tuple[Any, int]] | None, epoch_ended: bool) -> None:
     """Count what a step was trained on."""
-    run.progress.batch += len(batch or ())
+    if batch is not None:
+        run.progress.batch += len(batch)
     if epoch_ended:
         run.progress.epoch += 1
         run.progress.batch = 0
