@@ -163,7 +163,7 @@ def begin_epoch(run: Run) -> None:
 def begin_step(run: Run, batch: StepBatch | None) -> None:
     """Count the step that begins, and tell the callbacks."""
     run.progress.step += 1
-    run.metrics.open_step()
+    run.metrics.in_step.clear()
     if run.rewind is not None:
         run.rewind.take()
     for callback in run.events.step_start:

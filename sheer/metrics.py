@@ -104,7 +104,7 @@ class _Sum:
 class Metrics:
     """What steps returned since the last reading. Adding touches no value; `read` transfers all of them at once."""
 
-    __slots__ = ("_added", "_before_step", "_computed", "_held", "_media", "_sent", "_sums")
+    __slots__ = ("_computed", "_held", "_media", "_sent", "_sums", "in_step")
 
     def __init__(self) -> None:
         self._sums: dict[str, _Sum] = {}
@@ -112,8 +112,7 @@ class Metrics:
         self._held: list[Computed] = []  # objects that a checkpoint has filled, and no step has returned since
         self._media: dict[str, Media] = {}
         self._sent: _Transfer | None = None  # what is on its way to the host
-        self._added: list[_Sum] = []  # what got a value since the last reading, in order
-        self._before_step = 0  # how many of them came before the step that runs
+        self.in_step: list[_Sum] = []  # what the step that runs has added a value to, in order; the loop empties it
 
     def add(
         self, output: Any, samples: int, prefix: str = "", loss: Tensor | None = None, kept: Tensor | None = None
@@ -134,7 +133,7 @@ class Metrics:
             if type(value) is Tensor and entry is not None and entry.weighted and value.dim() == 0:
                 entry.totals.append(kept if value is loss and kept is not None else detached_number(value))
                 entry.counts.append(samples)
-                self._added.append(entry)
+                self.in_step.append(entry)
                 if len(entry.totals) == _MOST_KEPT:
                     entry.fold()
             else:
@@ -163,20 +162,16 @@ class Metrics:
             )
         entry.totals.append(_scalar(name, total))
         entry.counts.append(_scalar(name, count))
-        self._added.append(entry)
+        self.in_step.append(entry)
         if len(entry.totals) >= _MOST_KEPT:
             entry.fold()
-
-    def open_step(self) -> None:
-        """Take what is added from here on for that of a step."""
-        self._before_step = len(self._added)
 
     def added_in_step(self, name: str) -> tuple[list[Number], list[Number], bool]:
         """Return what the step that runs has added to a metric: totals, counts, and whether the totals are means yet. Nothing is read."""
         entry = self._sums.get(name)
         if entry is None:
             return [], [], False
-        number = sum([other is entry for other in self._added[self._before_step :]])
+        number = sum([other is entry for other in self.in_step])
         totals, counts = list(entry.totals), list(entry.counts)
         for column, weights in reversed(entry.folded):
             if len(totals) < number:
@@ -185,8 +180,9 @@ class Metrics:
 
     def forget_step(self) -> None:
         """Take back the values that the step that runs has added; what its metric objects saw stays."""
-        while len(self._added) > self._before_step:
-            self._added.pop().drop_last()
+        for entry in reversed(self.in_step):
+            entry.drop_last()
+        self.in_step.clear()
 
     def add_column(self, name: str, totals: Tensor, counts: Tensor | list[int]) -> None:
         """Add the values of one metric of many steps at once: means with the samples that they are over, or totals with their counts."""
@@ -212,8 +208,6 @@ class Metrics:
             means.update(_computed_values(name, metric.compute()))
             metric.reset()
         self._sums.clear()
-        self._added.clear()
-        self._before_step = 0
         self._computed.clear()
         self._held.clear()
         return means
@@ -299,8 +293,6 @@ class Metrics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._sums.clear()
-        self._added.clear()
-        self._before_step = 0
         for name, saved in state.items():
             entry = self._sums[name] = _Sum(saved["weighted"])
             entry.folded = [(total, count) for total, count in saved["folded"]]

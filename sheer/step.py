@@ -122,7 +122,7 @@ def backward_of(run: Run) -> Callable[..., Any]:
 
 def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) -> None:
     """Clip the gradients of `optimizer`, update its parameters, clear the gradients, and move `scheduler`."""
-    if run.unused and optimizer in run.unused:
+    if optimizer in run.unused:
         check_first_gradients(run, optimizer)
     if run.scaler is not None:
         run.scaler.unscale_(optimizer)

@@ -133,7 +133,7 @@ def knowledge_of(
     if facts.returns:
         kinds["output"] = facts.returns
     calls = CHECKS | library_checks | ({"materialise"} if not facts.is_abstract else set())
-    calls |= {"run.metrics.open_step"} if plain_metrics else frozenset()
+    calls |= {"run.metrics.in_step.clear"} if plain_metrics else frozenset()
     known: dict[str, ast.expr] = {f"cfg.{name}": value for name, value in values.items()}
     known |= {f"info.settings.{name}": value for name, value in values.items()}  # as what callbacks are told has them
     known["plugins.callbacks"] = ast.Tuple([ast.Name(marked(c.label), ast.Load()) for c in facts.callbacks], ast.Load())
