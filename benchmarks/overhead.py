@@ -3,10 +3,12 @@
     python benchmarks/overhead.py            # about five minutes on two cores
     python benchmarks/overhead.py --blocks 100
 
-All train the same small network on the same data with the same fused optimizer. Each runs in a thread of its own, and they take turns
-in blocks of ten steps, in random order, so that whatever the machine does meets all of them. Five steps before each block are not timed:
-the turns of the others have left the caches cold, which no training meets. What is compared is the lower quartile of the blocks, once
-from the even blocks and once from the odd ones: where the two halves differ by more than 10 µs, only the calls count.
+All train the same small network on the same data with the same fused optimizer. Each is measured beside the hand-written loop that does
+the same, in a process of their own: CPython fits a function's bytecode to what it has seen, and two ways to use one framework would share
+its functions. Both run in threads that take turns in blocks of ten steps, in random order, so that whatever the machine does meets both.
+Five steps before each block are not timed: the other's turn has left the caches cold, which no training meets. What is compared is the
+lower quartile of the blocks, once from the even blocks and once from the odd ones: where the two halves differ by more than 10 µs, only the
+calls count.
 """
 
 from __future__ import annotations
@@ -304,6 +306,14 @@ ARMS: dict[str, Callable[[Tick, int], None]] = {
 }
 
 
+BASES = dict.fromkeys(ARMS, "hand-written, bare")
+BASES |= {
+    "Sheer, defaults": "hand-written, as Sheer by default",
+    "Sheer, everything on": "hand-written, everything on",
+}
+BASES = {name: base for name, base in BASES.items() if not name.startswith("hand-written")}
+
+
 class Arm(threading.Thread):
     """An arm in a thread of its own, which goes on for a block of steps whenever it is told to."""
 
@@ -349,19 +359,17 @@ class Arm(threading.Thread):
             raise self.error
 
 
-def measured(blocks: int) -> list[Arm]:
-    """Run all arms in turn, and count the calls of each afterwards."""
-    arms = [Arm(name, train, (blocks + 50) * TURN) for name, train in ARMS.items()]
+def measured(names: tuple[str, ...], blocks: int) -> list[Arm]:
+    """Run some arms in turn, and count the calls of each afterwards."""
+    arms = [Arm(name, ARMS[name], (blocks + 50) * TURN) for name in names]
     for arm in arms:
         arm.start()
         for _ in range(10):
             arm.block()
         arm.times.clear()
-    for turn in range(blocks):
+    for _ in range(blocks):
         for arm in random.sample(arms, len(arms)):
             arm.block()
-        if sys.stderr.isatty():
-            print(f"\r{turn + 1}/{blocks} blocks", end="", file=sys.stderr)
     for arm in arms:
         arm.counting = True
         for _ in range(10):
@@ -374,27 +382,25 @@ def quartile(times: list[float]) -> float:
     return statistics.quantiles(times, n=4)[0]
 
 
-def print_steps(arms: list[Arm], blocks: int) -> None:
-    by_name = {arm.name: arm for arm in arms}
-    base_of = dict.fromkeys(by_name, "hand-written, bare")
-    base_of["Sheer, defaults"] = "hand-written, as Sheer by default"
-    base_of["Sheer, everything on"] = "hand-written, everything on"
+def print_step(name: str, blocks: int) -> None:
+    """Print what a step of an arm costs over the loop that does the same."""
+    base, arm = measured((BASES[name], name), blocks)
+    times, base_times = arm.times[:blocks], base.times[:blocks]
+    halves = [quartile(times[half::2]) - quartile(base_times[half::2]) for half in (0, 1)]
+    more = quartile(times) - quartile(base_times)
+    calls, base_calls = arm.calls / (10 * TURN), base.calls / (10 * TURN)
+    cells = f"{name} | {quartile(times):.0f} | {quartile(base_times):.0f} | {more:+.0f} ({halves[0]:+.0f}, {halves[1]:+.0f})"
+    print(f"| {cells} | {calls:.0f} | {calls - base_calls:+.0f} |", flush=True)
+
+
+def print_steps(blocks: int) -> None:
+    """Print a row for each arm, measured in a process of its own."""
     print(
-        f"\n| a step of an MLP 16-32-4, batch 32 ({blocks} blocks of {BLOCK}) | µs | over the hand-written loop: µs (even, odd blocks) | Python calls | over the hand-written loop |"
+        f"\n| a step of an MLP 16-32-4, batch 32 ({blocks} blocks of {BLOCK}) | µs | by hand | more (even, odd blocks) | Python calls | more |"
     )
-    print("| --- | --- | --- | --- | --- |")
-    for name, arm in by_name.items():
-        base = by_name[base_of[name]]
-        times, base_times = arm.times[:blocks], base.times[:blocks]
-        halves = [quartile(times[half::2]) - quartile(base_times[half::2]) for half in (0, 1)]
-        more = quartile(times) - quartile(base_times)
-        calls, base_calls = arm.calls / (10 * TURN), base.calls / (10 * TURN)
-        if name == base.name:
-            print(f"| {name} | {quartile(times):.0f} | | {calls:.0f} | |")
-        else:
-            print(
-                f"| {name} | {quartile(times):.0f} | {more:+.0f} ({halves[0]:+.0f}, {halves[1]:+.0f}) | {calls:.0f} | {calls - base_calls:+.0f} |"
-            )
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    for name in BASES:
+        subprocess.run([sys.executable, __file__, "--blocks", str(blocks), "--arm", name], check=True)
 
 
 IMPORTS = {
@@ -460,19 +466,22 @@ def output(code: str, *arguments: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=500)
+    parser.add_argument("--arm", choices=BASES, help="only this one, without the starts")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if arguments.arm is not None:
+        print_step(arguments.arm, arguments.blocks)
+        os._exit(0)  # the arms are still in the middle of their training
     versions = ", ".join(
         f"{name} {metadata.version(name)}" for name in ("torch", "lightning", "accelerate", "transformers")
     )
     print(
-        f"{time.strftime('%Y-%m-%d')}; Python {platform.python_version()}, {versions}; {os.cpu_count()} cores, one thread"
+        f"{time.strftime('%Y-%m-%d')}; Python {platform.python_version()}, {versions}; {os.cpu_count()} cores, one thread",
+        flush=True,
     )
-    print_steps(measured(arguments.blocks), arguments.blocks)
+    print_steps(arguments.blocks)
     print_starts()
-    sys.stdout.flush()
-    os._exit(0)  # the arms are still in the middle of their training
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def train_again(
     batch: StepBatch,
     error: torch.OutOfMemoryError,
 ) -> None:
-    """Do a step again that ran out of memory, from the same random states, in micro-batches half as large; halve them until it fits.
+    """Do a step again that ran out of memory, from the same random states (but on the CPU), in micro-batches half as large; halve them until it fits.
 
     `error` is what it ran out with. The size is kept for the steps that follow, and saved.
 

@@ -60,7 +60,7 @@ def check_budget(budget: float) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """When a run is saved, and which saves are kept. It is always saved at its end and when it is told to stop."""
 
@@ -194,7 +194,7 @@ def mesh_of(settings: Settings) -> DeviceMesh | None:
     return settings.parallel.mesh if isinstance(settings.parallel, Parallel) else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """All that can be written down about a run: literals, with one meaning each."""
 

@@ -70,10 +70,12 @@ def backward(cfg: Settings, run: Run, step_function: Step, numbered: bool, batch
             run.scaler.scale(loss).backward()
         else:
             loss.backward()
-        kept = detached_number(loss)
-        if cfg.nonfinite not in ("skip", "ignore"):
+        if cfg.nonfinite in ("skip", "ignore"):
+            run.metrics.add(output, samples, prefix)
+        else:
+            kept = detached_number(loss)
             run.watch.add(run.progress.step, "loss", kept)
-        run.metrics.add(output, samples, prefix, loss, kept)
+            run.metrics.add(output, samples, prefix, loss, kept)
     if counts:
         count = sum(counts) if run.ranks is None else mean_over_ranks(sum(counts), run.ranks)
         scale_gradients(run, total / nonzero(count))
@@ -130,7 +132,15 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
         callback.on_gradients(run.progress.step, run.model)
 
     if cfg.gradient_clip_val is not None or cfg.nonfinite not in ("raise", "ignore"):
-        norm = clip_gradients(cfg, run, run.parameters[optimizer])
+        parameters = run.parameters[optimizer]
+        if cfg.gradient_clip_algorithm == "norm" or cfg.nonfinite not in ("raise", "ignore"):
+            norm = norm_of(run, parameters)
+        if isinstance(cfg.nonfinite, Rollback) and run.scaler is None:  # so that the bad step is named exactly
+            run.watch.add(run.progress.step, "gradient norm", norm)
+        if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm":
+            clip_norm(cfg, run, parameters, cfg.gradient_clip_val, norm)
+        if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "value":
+            clip_values(cfg.gradient_clip_val, run, parameters)
 
     if run.scaler is not None:
         run.scaler.step(optimizer)
@@ -139,7 +149,6 @@ def apply(cfg: Settings, run: Run, optimizer: Optimizer, scheduler: Any = None) 
         run.progress.scale = run.scaler.get_scale()  # waits for the device: the one flag a step
         taken = run.progress.scale >= before
     elif cfg.nonfinite == "skip":
-        assert norm is not None
         taken = math.isfinite(norm)  # waits for the device: the one flag a step
         if taken:
             optimizer.step()
@@ -161,23 +170,6 @@ def norm_of(run: Run, parameters: list[nn.Parameter]) -> Tensor:
     if run.ranks is None:
         return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     return global_norm([parameter.grad for parameter in parameters if parameter.grad is not None], run.ranks)
-
-
-def clip_gradients(cfg: Settings, run: Run, parameters: list[nn.Parameter]) -> Tensor | None:
-    """Clip gradients as the settings say. Returns their norm from before; None if it was not needed."""
-    if cfg.gradient_clip_algorithm == "value" and cfg.nonfinite in ("raise", "ignore"):
-        assert cfg.gradient_clip_val is not None
-        clip_values(cfg.gradient_clip_val, run, parameters)
-        return None
-
-    norm = norm_of(run, parameters)
-    if isinstance(cfg.nonfinite, Rollback) and run.scaler is None:  # so that the bad step is named exactly
-        run.watch.add(run.progress.step, "gradient norm", norm)
-    if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "norm":
-        clip_norm(cfg, run, parameters, cfg.gradient_clip_val, norm)
-    if cfg.gradient_clip_val is not None and cfg.gradient_clip_algorithm == "value":
-        clip_values(cfg.gradient_clip_val, run, parameters)
-    return norm
 
 
 def clip_norm(cfg: Settings, run: Run, parameters: list[nn.Parameter], largest: float, norm: Tensor) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, TensorDataset
 
 import sheer
 from sheer.errors import StepError
@@ -193,3 +195,47 @@ def test_an_object_that_computes_no_number_is_named() -> None:
     metrics.add({"words": Words()}, 1)
     with pytest.raises(StepError, match="The metric 'words' computed a str, which is no number"):
         metrics.read()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_clip_val": 1.0},
+        {"micro_batch_size": 40},
+        {"accumulate_grad_batches": 2},
+        {"nonfinite": sheer.Rollback(), "checkpoint": True},
+    ],
+)
+@pytest.mark.parametrize("as_mean", [False, True])
+def test_what_a_run_watches_and_measures_holds_no_graph_and_no_other_memory(
+    settings: dict[str, Any], as_mean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean of `mse_loss` lies in the memory of all the squares, here those of 100 samples."""
+    kept: list[Tensor] = []
+    added = Watch.add
+
+    def add(watch: Watch, step: int, what: str, value: Tensor) -> None:
+        kept.append(value)
+        added(watch, step, what, value)
+
+    def read(metrics: Metrics, ranks: None = None) -> dict[str, float]:
+        kept.extend(total for entry in metrics._sums.values() for total in entry.totals if isinstance(total, Tensor))
+        return reading(metrics, ranks)
+
+    reading = Metrics.read
+    monkeypatch.setattr(Watch, "add", add)
+    monkeypatch.setattr(Metrics, "read", read)
+    x, y = torch.randn(400, 3), torch.randn(400, 1)
+    net = nn.Linear(3, 1)
+
+    def squares(net: nn.Module, batch: Any) -> Any:
+        loss = F.mse_loss(net(batch[0]), batch[1])
+        return sheer.Mean(F.mse_loss(net(batch[0]), batch[1], reduction="sum"), len(batch[0])) if as_mean else loss
+
+    trainer(max_steps=2, log_every_n_steps=10, **settings).fit(
+        net, squares, DataLoader(TensorDataset(x, y), batch_size=100), optimizer=SGD(net.parameters(), lr=0.01)
+    )
+    assert len(kept) >= 2
+    assert not any(value.requires_grad for value in kept)
+    assert max(value.untyped_storage().nbytes() for value in kept) <= 64

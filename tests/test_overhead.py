@@ -180,7 +180,7 @@ def test_nothing_of_ours_waits_for_the_device_between_log_points() -> None:
 
 
 def test_a_step_runs_the_operations_of_a_hand_written_one_and_no_others() -> None:
-    """One detach of the loss, which metric and watch share; no copy of a random state; no test for NaN before the log point."""
+    """One detach of the loss, which metric and watch share, and no test for NaN before the log point."""
 
     def operations(train: Any) -> Counter[str]:
         with profile(activities=[ProfilerActivity.CPU]) as profiled:

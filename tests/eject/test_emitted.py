@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,13 @@ def test_strict_types_and_every_rule_of_ours_hold(row: str, tmp_path: Path, monk
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = [line for line in done.stdout.splitlines() if line.startswith("made.py:")]
         assert [line for line in found if int(line.split(":")[1]) not in user] == [], done.stderr
+
+
+@pytest.mark.parametrize("row", ["skip", "ignore"])
+def test_a_loss_that_nobody_watches_is_not_kept(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "train.py"
+    script.write_text(ROWS[row])
+    text = eject(script).text
+    assert ".backward()" in text
+    assert not re.search(r"^\s*(assert\b|[\w.]+\.detach\(\))", text, re.MULTILINE), text

@@ -549,7 +549,6 @@ def fit(
             loss.backward()
             run.watch.append((run.progress.step, "loss", loss.detach().clone()))
             run.metrics.add(output, samples)
-
             norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
             clip_grads_with_norm_(parameters, GRADIENT_CLIP_VAL, norm)
             run.watch.append((run.progress.step, "gradient norm", norm))

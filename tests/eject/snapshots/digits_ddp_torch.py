@@ -245,7 +245,6 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
         loss.backward()
         watch.append((step, "loss", loss.detach().clone()))
         metrics.add(output, samples)
-
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         clip_grads_with_norm_(parameters, GRADIENT_CLIP_VAL, norm)
         watch.append((step, "gradient norm", norm))

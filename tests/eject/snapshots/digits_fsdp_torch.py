@@ -274,7 +274,7 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
     run = Run(model, step_function, autocast, rank, world_size, stepper)
     now = dict(model.named_parameters())
     for group in optimizer.param_groups:
-        group["params"] = [now[named_before[id(parameter_2)]] for parameter_2 in group["params"]]
+        group["params"] = [now[named_before[id(parameter_3)]] for parameter_3 in group["params"]]
     differ_in_random_numbers(rank)
     directory = from_rank_zero(Path() if rank > 0 else folder(Path(RUN_DIR)))
     parameters = list(model.parameters())
@@ -296,9 +296,8 @@ def fit(model: nn.Module, step_function: Any, train_loader: Any, val_loader: Any
         loss.backward()
         watch.append((step, "loss", loss.detach().clone()))
         metrics.add(output, samples)
-
         norm = get_total_norm(
-            [parameter_3.grad for parameter_3 in parameters if parameter_3.grad is not None]
+            [parameter_2.grad for parameter_2 in parameters if parameter_2.grad is not None]
         ).full_tensor()
         clip_grads_with_norm_(parameters, GRADIENT_CLIP_VAL, norm)
         watch.append((step, "gradient norm", norm))
