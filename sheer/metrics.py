@@ -17,7 +17,7 @@ from sheer.distributed.mesh import Ranks
 from sheer.errors import StepError
 
 Number = Tensor | float | int
-SMALL = 64  # bytes; a scalar may own far more: that of mse_loss lies in the memory of all the squares
+_SMALL = 64  # bytes; a scalar may own far more: that of mse_loss lies in the memory of all the squares
 _MOST_KEPT = 1024  # values of one metric that are kept one by one before they are stacked, to bound their number
 
 
@@ -325,7 +325,7 @@ def put_back(kept: list[tuple[Any, dict[str, Any]]]) -> None:
 def detached_number(value: Tensor) -> Tensor:
     """Return one number without its graph, and in a memory of its own: that of `mse_loss` lies in the memory of all the squares."""
     number = value.detach()
-    return number if number.untyped_storage().nbytes() <= SMALL else number.clone()
+    return number if number.untyped_storage().nbytes() <= _SMALL else number.clone()
 
 
 def _scalar(name: str, value: Number) -> Number:

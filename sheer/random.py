@@ -92,7 +92,7 @@ class Before:
 
     def take(self) -> None:
         """Take the states as they are."""
-        self.states = [generator.get_state() for generator in self.generators]
+        self.states = list(map(torch.Generator.get_state, self.generators))
 
 
 def state_before(device: torch.device) -> Before | None:

@@ -230,8 +230,8 @@ def test_what_a_run_watches_and_measures_holds_no_graph_and_no_other_memory(
     net = nn.Linear(3, 1)
 
     def squares(net: nn.Module, batch: Any) -> Any:
-        loss = F.mse_loss(net(batch[0]), batch[1])
-        return sheer.Mean(F.mse_loss(net(batch[0]), batch[1], reduction="sum"), len(batch[0])) if as_mean else loss
+        x, y = batch
+        return sheer.Mean(F.mse_loss(net(x), y, reduction="sum"), len(x)) if as_mean else F.mse_loss(net(x), y)
 
     trainer(max_steps=2, log_every_n_steps=10, **settings).fit(
         net, squares, DataLoader(TensorDataset(x, y), batch_size=100), optimizer=SGD(net.parameters(), lr=0.01)
