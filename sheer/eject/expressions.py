@@ -48,6 +48,7 @@ _IDLE = frozenset(
     {
         "secrets.token_hex", "set", "sum", "len", "list", "dict", "tuple", "str", "int", "float", "bool", "hasattr", "isinstance", "Path",
         "torch.device", "torch.initial_seed", "nullcontext", "Events", "id", "share", "dist.get_rank", "dist.get_world_size", "linked",
+        "count_steps",
     }
 )  # fmt: skip
 

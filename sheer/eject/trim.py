@@ -238,7 +238,7 @@ class _UnreadAttributes(_Unread):
             return self._effect(node, node.value)
         if len(node.targets) == 1 and isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
             pairs = [
-                (n, v) for n, v in zip(target.elts, node.value.elts, strict=False) if not (self._gone(n) and is_pure(v))
+                (n, v) for n, v in zip(target.elts, node.value.elts, strict=False) if not (self._gone(n) and is_idle(v))
             ]
             if len(pairs) == len(target.elts):
                 return node
