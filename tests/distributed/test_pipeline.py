@@ -17,6 +17,7 @@ import sheer
 from sheer.distributed.pipeline import PipelineStep
 from sheer.distributed.stages import check_stages, split_model, stages_of_rank
 from sheer.errors import DataError, ModelError, SettingsError, SheerError, StepError
+from sheer.nonfinite import Watch
 from tests.distributed.task import Net, assert_same, train
 from tests.ranks import run_on_ranks
 
@@ -534,3 +535,35 @@ def test_in_a_validation_the_stages_and_the_step_see_a_model_in_eval_mode() -> N
     parallel = sheer.Parallel(pp=2, pp_split=("blocks.1",), pp_micro_batches=4)
     for result in run_on_ranks(2, moded, parallel):
         assert_same(one, result, logged=1e-10, weights=1e-8)
+
+
+def squares(model: nn.Module, batch: Any) -> Tensor:
+    return F.mse_loss(model(batch[0]), F.one_hot(batch[1], 5).double())
+
+
+def squares_as_mean(model: nn.Module, batch: Any) -> dict[str, Any]:
+    return {"loss": sheer.Mean(squares(model, batch) * len(batch[1]), len(batch[1]))}
+
+
+def watched() -> list[tuple[bool, int]]:
+    """Return of each number that a run hands to its watch whether it needs a gradient, and how much memory it keeps."""
+    seen: list[tuple[bool, int]] = []
+    added = Watch.add
+
+    def add(watch: Watch, step: int, what: str, value: Tensor) -> None:
+        seen.append((value.requires_grad, value.untyped_storage().nbytes()))
+        added(watch, step, what, value)
+
+    Watch.add = add  # type: ignore[method-assign]
+    for step in (squares, squares_as_mean):
+        parallel = sheer.Parallel(pp=2, pp_split=("blocks.1",), pp_micro_batches=4)
+        train(parallel, run_step=step, max_steps=2, folder=f"runs/{step.__name__}")
+    return seen
+
+
+def test_what_is_watched_of_a_pipeline_holds_no_graph_and_no_other_memory() -> None:
+    """As tests/test_metrics.py asks of one process."""
+    first, last = run_on_ranks(2, watched)
+    assert not first
+    assert len(last) == 2 * 2 * 4  # steps that return a loss, or a mean; updates; micro-batches
+    assert all(seen == (False, 8) for seen in last)
