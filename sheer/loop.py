@@ -36,7 +36,7 @@ from sheer.saving import look_back, prepare_memory, save_checkpoint
 from sheer.session import Session, leave_if_told
 from sheer.settings import Rollback, Settings
 from sheer.signals import StopSignals, is_signal
-from sheer.speed.graph import graphed_step, graphs_of, settle_graphs
+from sheer.speed.graph import graphs_of, made_by_graph, settle_graphs
 from sheer.start import evaluation_of, start_run, training_data
 from sheer.step import apply, backward_of
 
@@ -82,10 +82,8 @@ def fit(
             save_start(cfg, run, restore_random)
         for batch in train.steps(progress, restore_random):
             begin_step(run, batch)
-            if cfg.cuda_graph:
-                graphed_step(cfg, run, step_function, numbered, batch, optimizer, scheduler)
-            else:
-                parts = batch if progress.micro_batch_size is None else smaller_parts(batch, progress.micro_batch_size)
+            parts = batch if progress.micro_batch_size is None else smaller_parts(batch, progress.micro_batch_size)
+            if not (cfg.cuda_graph and made_by_graph(cfg, run, step_function, parts, optimizer, scheduler)):
                 try:
                     train_on(cfg, run, step_function, numbered, parts)
                 except torch.OutOfMemoryError as error:

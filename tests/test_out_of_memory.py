@@ -88,6 +88,12 @@ def test_the_result_is_that_of_smaller_micro_batches_from_the_start(
     ]
 
 
+def test_a_step_that_no_graph_makes_is_done_again_too() -> None:
+    """Here there is no device for a graph; tests/gpu/test_out_of_memory_on_a_gpu.py has both."""
+    weights = fitted(Limited(5), run_dir="halved", cuda_graph=True)
+    assert_same(weights, fitted(Limited(1000), run_dir="small", micro_batch_size=4))
+
+
 def test_what_the_first_micro_batches_of_the_step_added_is_taken_back() -> None:
     settings = {"accumulate_grad_batches": 2, "max_epochs": 4, "max_steps": None, "log_every_n_steps": 3}
     fails_in_the_second_batch_of_step_3 = Limited(8, after=5)

@@ -21,7 +21,7 @@ from sheer.profile.phases import (
 from sheer.profile.script import Seen
 from sheer.profile.syncs import COPIED, MASKED, READ
 from sheer.profile.trace import DeviceTime
-from sheer.speed.ways import can_be_fused
+from sheer.speed.ways import can_be
 
 MOST_NAMED = 3  # changes that are named
 CLEAR = 0.1  # share of a step from which on a phase is worth a change
@@ -142,7 +142,7 @@ def of_compute(
     """Yield what can be done about what is computed, each with the share of a step that it is about."""
     settings = seen.settings
     computed = shares[FORWARD] + shares[BACKWARD]
-    unfused = [one for one in seen.optimizers if can_be_fused(one)]
+    unfused = [one for one in seen.optimizers if can_be("fused", one)]
     if unfused and shares[OPTIMIZER] >= CLEAR / 2:
         name = type(unfused[0]).__name__
         yield (

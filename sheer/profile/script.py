@@ -56,7 +56,7 @@ FUNCTIONS = {
     "apply": OPTIMIZER,
     "log_training": LOGGING,
     "report": LOGGING,
-    "graphed_step": GRAPH,
+    "made_by_graph": GRAPH,
     "validate": VALIDATION,
     "save_and_tell": SAVING,
     "tell_of_save": SAVING,
@@ -128,7 +128,7 @@ class Watcher:
             (module, name, value)
             for module in (LOOP, OWN_LOOP, GRAPHS)
             for name, value in {**new, **own}.items()
-            if hasattr(module, name) and not (module is GRAPHS and name == "graphed_step")
+            if hasattr(module, name) and not (module is GRAPHS and name == "made_by_graph")
         ]
         places += [(START, "events_of", self.events_of), (START, "loggers_of", self.loggers_of)]
         places += [(FEED, "move", Marked(move, self.phases, COPY))]

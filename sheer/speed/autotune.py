@@ -24,7 +24,7 @@ from sheer.plugins import Plugins
 from sheer.scripts import Call
 from sheer.settings import MODES_WITH_GRAPHS, Settings
 from sheer.speed.trials import Trial, trial_of
-from sheer.speed.ways import Way, can_be_fused, own_way
+from sheer.speed.ways import PREFETCHED, Way, can_be, own_way
 
 FILE = "autotune.json"
 GAIN = 0.98  # of the time of the best so far: what is hardly faster is not kept
@@ -77,13 +77,14 @@ def find_way(call: Call, say: Say = print) -> Way:
     device = resolve_device(settings.device)
     place_model(call.model, make_compute(settings.precision, device))
     say(f"autotune: each way for about two seconds on {device}, from the same state")
-    say(f"{'ms a step':>10}  {'peak MiB':>9}  way")
+    say(f"{'ms a step':>10}  {'peak MiB':>9}  verified  way")
     base, best = own_way(settings), fitting(call, own_way(settings), device, say)
     for candidates in (
         faster_optimizers,
         ways_to_execute,
         faster_optimizers,
         more_workers,
+        more_ahead,
         lower_precisions,
         larger_parts,
         recomputation,
@@ -136,16 +137,17 @@ def better(call: Call, best: Trial, way: Way, base: Way, device: torch.device, s
         verdict = "dropped: no faster"
     else:
         verdict = "kept"
-    tell(trial, f"{way.differences(base)}: {verdict}", say)
+    tell(trial, f"{way.differences(base)}: {verdict}", say, verified="yes" if off <= bound else "no")
     # What is compared with stays the script's own: small differences do not add up.
     return dataclasses.replace(trial, losses=best.losses) if verdict == "kept" else best
 
 
-def tell(trial: Trial, words: str, say: Say) -> None:
-    """Say a line of the table."""
+def tell(trial: Trial, words: str, say: Say, verified: str = "-") -> None:
+    """Say a line of the table; `verified` is whether its losses are those of the script's own way."""
     ms = f"{trial.ms:10.3f}" if trial.problem is None else f"{'-':>10}"
     peak = f"{trial.peak / 2**20:9.0f}" if trial.peak else f"{'-':>9}"
-    say(f"{ms}  {peak}  {words}")
+    verified = verified if trial.problem is None else "-"
+    say(f"{ms}  {peak}  {verified:8}  {words}")
 
 
 def distance(losses: Sequence[float], others: Sequence[float]) -> float:
@@ -164,10 +166,17 @@ def bound_of(call: Call, way: Way, base: Way) -> float:
 
 
 def faster_optimizers(call: Call, best: Trial, base: Way, device: torch.device) -> list[Way]:
-    """Return the fused optimizer, where there is one and the script does not say otherwise; tried again where a graph hides less."""
-    if best.way.fused or not can_be_fused(build_optimizer(call.model, call.optimizer)):
+    """Return the fused optimizer, and the foreach one where it is no default, if the script does not say otherwise.
+
+    They are tried again where a graph hides less.
+    """
+    if best.way.fused or best.way.foreach:
         return []
-    return [dataclasses.replace(best.way, fused=True)]
+    optimizer = build_optimizer(call.model, call.optimizer)
+    ways = [dataclasses.replace(best.way, fused=True)] if can_be("fused", optimizer) else []
+    if device.type != "cuda" and can_be("foreach", optimizer):
+        ways.append(dataclasses.replace(best.way, foreach=True))
+    return ways
 
 
 def ways_to_execute(call: Call, best: Trial, base: Way, device: torch.device) -> list[Way]:
@@ -189,6 +198,14 @@ def more_workers(call: Call, best: Trial, base: Way, device: torch.device) -> li
     if type(call.loader) is not DataLoader or call.loader.num_workers > 0:
         return []
     return [dataclasses.replace(best.way, num_workers=n) for n in (1, 4, 8) if n <= (os.cpu_count() or 1)]
+
+
+def more_ahead(call: Call, best: Trial, base: Way, device: torch.device) -> list[Way]:
+    """Return worker processes that are further ahead, for a loader that has some and no number of its own."""
+    if type(call.loader) is not DataLoader or not (best.way.num_workers or call.loader.num_workers):
+        return []
+    given = call.loader.prefetch_factor
+    return [dataclasses.replace(best.way, prefetch_factor=8)] if given in (None, PREFETCHED) else []
 
 
 def lower_precisions(call: Call, best: Trial, base: Way, device: torch.device) -> list[Way]:

@@ -30,6 +30,8 @@ def advice(way: Way, base: Way) -> str:
         changes["compile"] = f"sheer.Compile({mode}activation_memory_budget={way.activation_memory_budget})"
     trainer = ", ".join(f"{name}={value}" for name, value in changes.items())
     lines = [f"sheer.Trainer(..., {trainer})"] if trainer else []
-    lines += ["the optimizer: fused=True"] if way.fused else []
-    lines += [f"the training loader: num_workers={way.num_workers}"] if way.num_workers is not None else []
+    lines += [f"the optimizer: {name}=True" for name in ("fused", "foreach") if getattr(way, name)]
+    of_loader = {"num_workers": way.num_workers, "prefetch_factor": way.prefetch_factor}
+    of_loader_changed = [f"{name}={value}" for name, value in of_loader.items() if value is not None]
+    lines += [f"the training loader: {', '.join(of_loader_changed)}"] if of_loader_changed else []
     return "write " + "\n      ".join(lines) if lines else "nothing that was tried is faster than the script as it is"

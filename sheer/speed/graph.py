@@ -25,7 +25,7 @@ from sheer.run import Run
 from sheer.settings import Settings
 from sheer.speed.rates import DeviceRates
 from sheer.speed.record import MOST_KEPT, CannotCaptureError, Recorder, Watching, leaves_of
-from sheer.step import apply, backward_of, clip_norm, clip_values, count_skipped, norm_of
+from sheer.step import backward_of, clip_norm, clip_values, count_skipped, norm_of
 
 WARM_UP = 3  # steps before the first capture
 WARM_UP_ON_RANKS = 11  # DDP builds its buckets anew in the first, and times the next ten
@@ -105,25 +105,20 @@ def why_not(cfg: Settings, run: Run, optimizer: Optimizer, numbered: bool) -> st
     return None
 
 
-def graphed_step(
-    cfg: Settings,
-    run: Run,
-    step_function: Step,
-    numbered: bool,
-    batch: StepBatch,
-    optimizer: Optimizer,
-    scheduler: Any,
-) -> None:
-    """Make a step: by its graph where there is one for such a batch; else as without, and capture one when its like comes again."""
-    graphs, inputs, captured = run.graphs, list[Tensor](), None
-    if graphs is not None and run.graphless is None:
-        captured = graph_for(cfg, run, graphs, step_function, batch, optimizer, inputs)
-    if graphs is None or captured is None:
-        if graphs is not None:
-            graphs.settle()
-        backward_of(run)(cfg, run, step_function, numbered, batch)
-        apply(cfg, run, optimizer, scheduler)
-        return
+def made_by_graph(
+    cfg: Settings, run: Run, step_function: Step, batch: StepBatch, optimizer: Optimizer, scheduler: Any
+) -> bool:
+    """Make a step by the graph for such a batch; where there is none, return False: the step is to be made without.
+
+    A graph is captured when a batch like one before comes again.
+    """
+    graphs, inputs = run.graphs, list[Tensor]()
+    if graphs is None or run.graphless is not None:
+        return False
+    captured = graph_for(cfg, run, graphs, step_function, batch, optimizer, inputs)
+    if captured is None:
+        graphs.settle()
+        return False
     recorder = captured.recorder
     if graphs.told is not recorder or len(recorder.steps) == MOST_KEPT:
         graphs.settle()
@@ -136,6 +131,7 @@ def graphed_step(
         scheduler.step()
     for updated in run.events.update:
         updated.on_update(run.progress.step, run.model)
+    return True
 
 
 def graph_for(
@@ -247,8 +243,10 @@ def settle_graphs(run: Run) -> None:
 def step_unless(optimizer: Any, bad: Tensor) -> None:
     """Update unless a flag on the device is set, by what a gradient scaler sets on fused optimizers (see torch/amp/grad_scaler.py)."""
     optimizer.grad_scale, optimizer.found_inf = None, bad.to(torch.float32)
-    optimizer.step()
-    del optimizer.grad_scale, optimizer.found_inf
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
 
 
 def clear(run: Run) -> None:
@@ -269,6 +267,8 @@ def reason_of(error: BaseException) -> str:
         error = error.__context__
     if isinstance(error, CannotCaptureError):
         return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device has not enough memory for a graph, which keeps what its steps need"
     trace = error.__traceback__
     place = ""
     while trace is not None:

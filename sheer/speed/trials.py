@@ -28,7 +28,7 @@ from sheer.random import random_state, set_random_state
 from sheer.run import Run
 from sheer.scripts import Call
 from sheer.settings import Settings, without_rollback
-from sheer.speed.ways import Way, fuse
+from sheer.speed.ways import Way
 
 ROUND = 10  # steps between two log points: the first of a round is not measured, for the host waited before it
 WARM_UP_ROUNDS = 2  # rounds before those that are measured; their losses are compared
@@ -132,25 +132,32 @@ def settings_of_trial(settings: Settings, folder: str) -> Settings:
 
 @contextmanager
 def undone(call: Call, way: Way) -> Iterator[None]:
-    """Put back at its end what a trial has changed: the model, the optimizer if it was given as one, and the random states."""
+    """Put back at its end what a trial has changed: the model, the optimizer if it was given as one, the random states, and TF32."""
     states, given = random_state(), call.optimizer if isinstance(call.optimizer, Optimizer) else None
-    modes = [(module, module.training, dict(module.named_children())) for module in call.model.modules()]
+    modules = [
+        (module, module.training, dict(module.named_children()), module._compiled_call_impl)
+        for module in call.model.modules()
+    ]
     weights = {name: _on_host(value) for name, value in call.model.state_dict().items()}
+    buffers = {name: _on_host(value) for name, value in call.model.named_buffers() if name not in weights}
+    products = torch.get_float32_matmul_precision()
     optimizer = copy.deepcopy(given.state_dict()) if given is not None else {}
     try:
         yield
     finally:
-        for module, training, children in modes:
-            module._compiled_call_impl = None  # what `Module.compile` sets; there is no public way back
+        torch.set_float32_matmul_precision(products)
+        for module, training, children, compiled in modules:
+            module._compiled_call_impl = compiled  # what `Module.compile` sets; there is no public way back
             for name, child in children.items():  # float8 puts others in their place, over the same parameters
                 setattr(module, name, child)
             module.training = training
         call.model.load_state_dict(weights)
+        for name, value in buffers.items():  # those that `state_dict` leaves out
+            call.model.get_buffer(name).copy_(value)
         for parameter in call.model.parameters():
             parameter.grad = None
         if given is not None:
-            if way.fused:
-                fuse(given, False)
+            way.switch(given, False)
             given.load_state_dict(optimizer)
         set_random_state(states)
         gc.collect()

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from sheer.settings import Settings
 
+PREFETCHED = 2  # the default of a loader that is built with workers
 # What a way has in common with the settings.
 OF_SETTINGS = ("compile", "activation_memory_budget", "cuda_graph", "precision", "micro_batch_size")
 
@@ -27,7 +28,9 @@ class Way:
     precision: str = "32-true"
     micro_batch_size: int | None = None
     fused: bool = False  # whether the optimizer is switched to its fused implementation
+    foreach: bool = False  # or to the one that updates all parameters at once, which is the default on a GPU only
     num_workers: int | None = None  # of the training loader; None: as it is
+    prefetch_factor: int | None = None  # batches that each of them holds ready
 
     def differences(self, other: Way) -> str:
         """Say in what it differs from another, as `compile=True, fused=True`."""
@@ -39,30 +42,39 @@ class Way:
         return dataclasses.replace(settings, **{name: getattr(self, name) for name in OF_SETTINGS})
 
     def loader(self, loader: Any) -> Any:
-        """Return a loader with this number of workers."""
-        if self.num_workers is None:
+        """Return a loader with this number of workers, each so many batches ahead."""
+        if self.num_workers is None and self.prefetch_factor is None:
             return loader
         changed = copy.copy(loader)
-        changed.num_workers = self.num_workers
-        changed.prefetch_factor = 2  # the default of one that is built with workers
+        changed.num_workers = self.num_workers or loader.num_workers
+        changed.prefetch_factor = self.prefetch_factor or PREFETCHED
         return changed
 
     def optimizer(self, optimizer: Optimizer | Callable[[nn.Module], Optimizer]) -> Any:
-        """Return an optimizer, or what makes one, switched to its fused implementation if this way is."""
-        if not self.fused:
+        """Return an optimizer, or what makes one, switched to its fused or its foreach implementation if this way is."""
+        if not (self.fused or self.foreach):
             return optimizer
-        return fuse(optimizer, True) if isinstance(optimizer, Optimizer) else FusedBuilder(optimizer)
+        return self.switch(optimizer, True) if isinstance(optimizer, Optimizer) else SwitchedBuilder(optimizer, self)
+
+    def switch(self, optimizer: Optimizer, on: bool) -> Optimizer:
+        """Switch an optimizer that has not stepped yet to the implementation of this way, or back, as its constructor does."""
+        for name in [name for name in ("fused", "foreach") if getattr(self, name)]:
+            for group in (*optimizer.param_groups, optimizer.defaults):
+                group[name] = True if on else None
+        if self.fused:
+            optimizer._step_supports_amp_scaling = on  # type: ignore[attr-defined]  # what a gradient scaler asks for; set by the constructor only
+        return optimizer
 
 
-class FusedBuilder:
-    """Makes a user's optimizer, and switches it to its fused implementation."""
+class SwitchedBuilder:
+    """Makes a user's optimizer, and switches it to the implementation of a way."""
 
-    def __init__(self, build: Callable[[nn.Module], Optimizer]) -> None:
-        self.build = build
+    def __init__(self, build: Callable[[nn.Module], Optimizer], way: Way) -> None:
+        self.build, self.way = build, way
 
     def __call__(self, model: nn.Module) -> Optimizer:
         """Return the optimizer for a model."""
-        return fuse(self.build(model), True)
+        return self.way.switch(self.build(model), True)
 
 
 def own_way(settings: Settings) -> Way:
@@ -70,17 +82,11 @@ def own_way(settings: Settings) -> Way:
     return Way(**{name: getattr(settings, name) for name in OF_SETTINGS})
 
 
-def can_be_fused(optimizer: Optimizer) -> bool:
-    """Whether an optimizer has a fused implementation that was not asked for or against."""
-    return "fused" in optimizer.defaults and all(
-        group.get("fused") is None and not group.get("differentiable") for group in optimizer.param_groups
+def can_be(implementation: str, optimizer: Optimizer) -> bool:
+    """Whether an optimizer has a "fused" or "foreach" implementation, and the script asked neither for one nor against this one."""
+    groups = optimizer.param_groups
+    return implementation in optimizer.defaults and all(
+        group[implementation] is None
+        and not (group.get("fused") or group.get("foreach") or group.get("differentiable"))
+        for group in groups
     )
-
-
-def fuse(optimizer: Optimizer, on: bool) -> Optimizer:
-    """Switch an optimizer that has not stepped yet to its fused implementation, or back, as its constructor does for `fused=True`."""
-    for group in optimizer.param_groups:
-        group["fused"] = True if on else None
-    optimizer.defaults["fused"] = True if on else None
-    optimizer._step_supports_amp_scaling = on  # type: ignore[attr-defined]  # what a gradient scaler asks for; set by the constructor only
-    return optimizer

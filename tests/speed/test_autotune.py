@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import sheer
@@ -22,7 +23,7 @@ from sheer.speed import trials
 from sheer.speed.autotune import better, distance, find_way
 from sheer.speed.command import advice
 from sheer.speed.trials import Trial, trial_of
-from sheer.speed.ways import Way, can_be_fused, own_way
+from sheer.speed.ways import Way, can_be, own_way
 from tests.task import assert_same, loader, loss_step, model, step
 
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ def test_micro_batches_are_halved_until_they_fit() -> None:
 
     task, said = dataclasses.replace(call(), step=hungry), []
     trial = tuning.fitting(task, own_way(task.settings), CPU, said.append)
-    assert trial.way.micro_batch_size == 4 and [line.split("  ")[-1] for line in said] == [
+    assert trial.way.micro_batch_size == 4 and [line.split("  ")[-1].strip() for line in said] == [
         "the script's own", "micro_batch_size=8", "micro_batch_size=4",
     ]  # fmt: skip
 
@@ -163,8 +164,150 @@ def test_the_whole_preflight_on_the_cpu() -> None:
 
 def test_optimizers_that_cannot_be_fused_or_say_so_themselves() -> None:
     parameters = list(model().parameters())
-    assert can_be_fused(AdamW(parameters)) and can_be_fused(SGD(parameters, lr=0.1))
-    assert not can_be_fused(AdamW(parameters, fused=False)) and not can_be_fused(torch.optim.RMSprop(parameters))
+    assert can_be("fused", AdamW(parameters)) and can_be("fused", SGD(parameters, lr=0.1))
+    assert not can_be("fused", AdamW(parameters, fused=False)) and not can_be("fused", torch.optim.RMSprop(parameters))
+    assert not can_be("fused", AdamW(parameters, foreach=True)) and not can_be(
+        "fused", AdamW(parameters, differentiable=True)
+    )
+    assert can_be("foreach", torch.optim.RMSprop(parameters)) and not can_be("foreach", AdamW(parameters, fused=True))
+    assert not can_be("foreach", torch.optim.RMSprop(parameters, foreach=False))
+
+
+def test_foreach_is_tried_where_it_is_no_default() -> None:
+    """On a GPU PyTorch takes it by itself."""
+    task = call(torch.optim.RMSprop(model().parameters()))
+    best = Trial(own_way(task.settings))
+    assert tuning.faster_optimizers(task, best, best.way, CPU) == [Way(foreach=True)]
+    assert tuning.faster_optimizers(task, best, best.way, torch.device("cuda")) == []
+    assert tuning.faster_optimizers(task, Trial(Way(foreach=True)), best.way, CPU) == []
+    assert advice(Way(foreach=True), best.way) == "write the optimizer: foreach=True"
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_an_optimizer_is_switched_as_its_constructor_would_and_back(implementation: str) -> None:
+    way, (given, made) = Way(**{implementation: True}), (model(), model())
+    optimizer, fresh = AdamW(given.parameters(), lr=1e-2), AdamW(given.parameters(), lr=1e-2)
+    wanted = AdamW(made.parameters(), lr=1e-2, **{implementation: True})
+    assert way.optimizer(optimizer) is optimizer
+    built = way.optimizer(lambda net: AdamW(net.parameters(), lr=1e-2))(given)
+    for switched in (optimizer, built):
+        assert switched.defaults == wanted.defaults
+        assert options(switched) == options(wanted)
+    made.load_state_dict(given.state_dict())
+    for net, stepped in ((given, optimizer), (made, wanted)):
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        stepped.step()
+    assert_same(given.state_dict(), made.state_dict())
+    way.switch(built, False)
+    assert built.defaults == fresh.defaults and options(built) == options(fresh)
+
+
+def options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def test_workers_and_how_far_they_are_ahead_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    task = call()
+    own = Trial(own_way(task.settings))
+    assert [way.num_workers for way in tuning.more_workers(task, own, own.way, CPU)] == [1, 4]
+    assert tuning.more_ahead(task, own, own.way, CPU) == []
+    with_workers = dataclasses.replace(own.way, num_workers=4)
+    (ahead,) = tuning.more_ahead(task, Trial(with_workers), own.way, CPU)
+    assert (ahead.num_workers, ahead.prefetch_factor) == (4, 8)
+    changed = ahead.loader(task.loader)
+    assert (changed.num_workers, changed.prefetch_factor, task.loader.num_workers) == (4, 8, 0)
+    assert with_workers.loader(task.loader).prefetch_factor == 2
+    assert advice(ahead, own.way) == "write the training loader: num_workers=4, prefetch_factor=8"
+
+    def given(**how: Any) -> list[Way]:
+        loaded = dataclasses.replace(task, loader=DataLoader([1.0], num_workers=2, **how))
+        return tuning.more_ahead(loaded, own, own.way, CPU)
+
+    assert [(way.num_workers, way.prefetch_factor) for way in given()] == [(None, 8)]
+    assert given(prefetch_factor=16) == []
+
+
+def test_a_loader_that_is_further_ahead_gives_the_same_losses() -> None:
+    task = call()
+    alone, ahead = (trial_of(task, way, CPU) for way in (Way(), Way(num_workers=1, prefetch_factor=8)))
+    assert ahead.problem is None and ahead.losses == alone.losses
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "torchao", "tried"),
+    [
+        ("32-true", (9, 0), True, ["tf32-true", "bf16-mixed"]),
+        ("bf16-mixed", (9, 0), True, ["float8-mixed"]),
+        ("bf16-mixed", (8, 0), True, []),
+        ("bf16-mixed", (9, 0), False, []),
+        ("bf16-true", (9, 0), True, []),
+        ("tf32-true", (9, 0), True, []),
+    ],
+)
+def test_which_precisions_are_tried(
+    precision: str, capability: tuple[int, int], torchao: bool, tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: torchao or None)
+    task = call()
+    best = Trial(Way(precision=precision, cuda_graph=True))
+    ways = tuning.lower_precisions(task, best, Way(precision=precision), torch.device("cuda"))
+    assert ways == [Way(precision=name, cuda_graph=True) for name in tried]
+    assert tuning.lower_precisions(task, best, Way(precision=precision), CPU) == []
+
+
+def test_another_precision_is_kept_only_where_it_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way of the preflight gets a line, and float8 is taken for its time and its losses alone."""
+    ms = {"bf16-mixed": 1.0, "float8-mixed": 0.7}
+
+    def measured(call: Call, way: Way, device: torch.device) -> Trial:
+        return Trial(way, ms=ms[way.precision], losses=(1.0, 2.0))
+
+    monkeypatch.setattr(tuning, "trial_of", measured)
+    monkeypatch.setattr(tuning, "faster_optimizers", lambda *_: [])
+    monkeypatch.setattr(tuning, "more_workers", lambda *_: [])
+    monkeypatch.setattr(
+        tuning, "lower_precisions", lambda call, best, *_: [dataclasses.replace(best.way, precision="float8-mixed")]
+    )
+    task, said = call(precision="bf16-mixed"), list[str]()
+    assert find_way(task, said.append).precision == "float8-mixed"
+    assert said[1].split() == ["ms", "a", "step", "peak", "MiB", "verified", "way"]
+    assert said[-2].split() == ["0.700", "-", "yes", "precision='float8-mixed':", "kept"]
+    ms["float8-mixed"] = 0.99
+    assert find_way(task, said.append).precision == "bf16-mixed"
+    assert said[-2].split() == ["0.990", "-", "yes", "precision='float8-mixed':", "dropped:", "no", "faster"]
+
+
+def test_a_trial_puts_back_what_is_global_and_what_a_state_dict_leaves_out() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model()
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.net(x)
+
+    def compiled(*arguments: Any) -> None:
+        raise AssertionError
+
+    task = dataclasses.replace(call(), model=Counted())
+    child = next(task.model.children())
+    torch.set_float32_matmul_precision("highest")
+    with trials.undone(task, Way()):
+        torch.set_float32_matmul_precision("high")
+        task.model.calls += 1
+        child._compiled_call_impl = compiled
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert task.model.calls == 0 and child._compiled_call_impl is None
+    child._compiled_call_impl = compiled  # the script's own
+    with trials.undone(task, Way()):
+        child._compiled_call_impl = None
+    assert child._compiled_call_impl is compiled
 
 
 SCRIPT = """

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sheer.metrics import Metrics
 from sheer.speed.graph import reason_of
 
@@ -19,3 +21,8 @@ def test_the_users_line_is_named_wherever_it_stands(tmp_path: Path) -> None:
         assert reason_of(error).endswith("(train.py:2)")
     else:
         raise AssertionError
+
+
+def test_a_graph_that_the_memory_does_not_hold_is_no_fault_of_the_step() -> None:
+    reason = "the device has not enough memory for a graph, which keeps what its steps need"
+    assert reason_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) == reason
