@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ def test_a_small_model_is_captured_and_everything_is_put_back(capsys: pytest.Cap
     with capsys.disabled():
         print("\n" + "\n".join(said))
     assert way.cuda_graph
+    text = "\n".join(said)
+    for tried in ("compile=True", "cuda_graph=True", "fused=True", "'tf32-true'", "'bf16-mixed'"):
+        assert tried in text
+    assert text.count(" yes ") > 3 and torch.get_float32_matmul_precision() == "highest"
     assert_same(net.state_dict(), before)
     assert torch.equal(torch.cuda.get_rng_state(), drawn)
     assert (
@@ -42,7 +47,7 @@ def test_a_small_model_is_captured_and_everything_is_put_back(capsys: pytest.Cap
     assert len(optimizer._optimizer_step_pre_hooks) == 0
 
 
-def test_a_run_that_is_tuned(tmp_path: Path) -> None:
+def test_a_run_that_is_tuned_and_goes_on_as_it_was_tuned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     net = Net()
     how: dict[str, Any] = {"device": "cuda", "run_dir": str(tmp_path / "run"), "autotune": True, "resume": "auto"}
@@ -50,7 +55,8 @@ def test_a_run_that_is_tuned(tmp_path: Path) -> None:
         sheer.Trainer(max_epochs=epochs, **how).fit(
             net, step, DataLoader(data(96), 16, shuffle=True), optimizer=lambda net: AdamW(net.parameters(), lr=1e-3)
         )
-    assert (tmp_path / "run" / "autotune.json").is_file()
+    way = json.loads((tmp_path / "run" / "autotune.json").read_text())
+    assert way["cuda_graph"] and capsys.readouterr().out.count("autotune: as when the run began:") == 1
 
 
 class Looks:

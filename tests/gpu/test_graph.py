@@ -126,7 +126,6 @@ CASES: dict[str, dict[str, Any]] = {
     "schedule": {"scheduler": lambda o, total: LambdaLR(o, lambda n: 1 - n / total)},
     "one cycle": {"scheduler": lambda o, total: OneCycleLR(o, max_lr=0.02, total_steps=total, cycle_momentum=False)},
     "by epoch": {"scheduler": lambda o, total: LambdaLR(o, lambda n: 0.5**n), "scheduler_interval": "epoch"},
-    "ema": {"callbacks": [sheer.EMA(decay=0.9)]},
     "foreach": {"optimizer": lambda net: AdamW(net.parameters(), lr=1e-2, foreach=True)},
     "sgd": {"optimizer": lambda net: SGD(net.parameters(), lr=1e-2, momentum=0.9)},
     "fused sgd": {
@@ -148,6 +147,15 @@ def test_bit_for_bit_the_run_without_graphs(case: str, tmp_path: Path) -> None:
     for one, two in zip(optimizer.state.values(), own.state.values(), strict=True):
         assert_same(*({key: value.cpu() for key, value in state.items() if value is not None} for state in (one, two)))
     assert own_lines == lines
+
+
+def test_averages_are_those_of_the_run_without_graphs(tmp_path: Path) -> None:
+    plain, replayed = sheer.EMA(decay=0.9), sheer.EMA(decay=0.9)
+    trained(False, str(tmp_path / "False"), callbacks=[plain])
+    *_, replays = trained(True, str(tmp_path / "True"), callbacks=[replayed])
+    averages, own = plain.averages(), replayed.averages()
+    assert averages and own and replays > 30
+    assert_same(own, averages)
 
 
 def test_a_rate_that_is_a_plain_number_differs_by_rounding_only(tmp_path: Path) -> None:
@@ -188,6 +196,37 @@ def test_an_update_that_is_left_out_is_counted_and_changes_nothing(tmp_path: Pat
     ]
     assert counts[0]["skipped"] == counts[1]["skipped"] > 0
     assert counts[0]["last_skipped"] == counts[1]["last_skipped"]
+
+
+def test_a_schedule_counts_the_steps_that_were_tried(tmp_path: Path) -> None:
+    """As docs/speed.md says: which updates were left out is known on the device."""
+    made: list[LambdaLR] = []
+
+    def schedule(optimizer: Optimizer, total: int) -> LambdaLR:
+        made.append(LambdaLR(optimizer, lambda n: 1.0))
+        return made[-1]
+
+    def bad(net: nn.Module, batch: Any) -> Any:
+        x, y = batch
+        return (net(x) - y).square().mean() * torch.where(x[0, 0] > 1.0, torch.nan, 1.0)
+
+    for captured in (False, True):
+        trained(
+            captured,
+            str(tmp_path / str(captured)),
+            step=bad,
+            scheduler=schedule,
+            nonfinite="skip",
+            checkpoint=True,
+            samples=96,
+        )
+    state = json.loads((tmp_path / "True" / "checkpoints/last/state.json").read_text())
+    skipped = state["progress"]["skipped"]
+    assert skipped > 0
+    without, captured_steps = (schedule.last_epoch for schedule in made)
+    assert without == 36 - skipped
+    # Of the first three steps, which are made without a graph, one that is left out is not counted.
+    assert 36 - min(skipped, 3) <= captured_steps <= 36
 
 
 def test_a_loss_that_becomes_nan_is_named_with_its_step(tmp_path: Path) -> None:
@@ -280,36 +319,44 @@ def test_many_shapes_end_the_capturing(tmp_path: Path) -> None:
 
 
 class Watched:
-    """Lets any wait for the device be an error, and counts the memory asked for, once graphs are replayed."""
+    """Lets any wait for the device be an error between log points, and counts the memory asked for, once graphs are replayed."""
 
     def __init__(self) -> None:
         self.allocations: list[int] = []
 
     def on_step_start(self, step: int, model: nn.Module, batch: Any) -> None:
-        if step == 20:
+        if step % 50 == 20:
             torch.cuda.set_sync_debug_mode("error")
         self.allocations.append(torch.cuda.memory_stats()["num_device_alloc"])
 
     def on_step_end(self, step: int, model: nn.Module) -> None:
-        if step == 45:
+        if step % 50 == 45:
             torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("captured", [False, True])
-def test_nothing_waits_and_no_memory_is_asked_for_between_log_points(captured: bool, tmp_path: Path) -> None:
+def test_nothing_waits_and_no_memory_is_asked_for_once_a_run_goes(
+    captured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From behind the first log point and save on, over the next ones."""
+    replays: list[int] = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))[1])
     torch.manual_seed(0)
     net, watched = Net(), Watched()
     sheer.Trainer(
-        max_steps=50,
+        max_steps=200,
         device="cuda",
         cuda_graph=captured,
         gradient_clip_val=1.0,
         run_dir=str(tmp_path / "run"),
-        checkpoint=False,
+        checkpoint=sheer.Checkpoint(every_n_steps=50, asynchronous=False),
         log_every_n_steps=50,
         callbacks=[watched],
     ).fit(net, step, DataLoader(data(96), 16, shuffle=True), optimizer=fused)
-    assert watched.allocations[12] == watched.allocations[-1]
+    assert len(replays) == (200 - 3 if captured else 0)
+    assert watched.allocations[12] == watched.allocations[49]  # no log point between
+    assert watched.allocations[60] == watched.allocations[-1]  # three
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
