@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Clock:
 
 
 def adamw(model: nn.Module, **how: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, **how)
+    return torch.optim.AdamW(model.parameters(), **{"lr": 1e-4, "fused": True, **how})
 
 
 def autocast(workload: Workload) -> Any:
@@ -80,20 +81,36 @@ def autocast(workload: Workload) -> Any:
 
 
 def by_hand(
-    workload: Workload, model: nn.Module, batches: Batches, clock: Clock, compiled: Any, captured: bool
+    workload: Workload,
+    model: nn.Module,
+    batches: Batches,
+    clock: Clock,
+    compiled: Any,
+    captured: bool,
+    update_too: bool = False,
+    budget: float = 1.0,
 ) -> None:
-    """The loop of an expert: eager or compiled, replayed as one CUDA graph or not."""
-    optimizer = adamw(model, capturable=captured)
+    """The loop of an expert: eager or compiled (with clipping and the optimizer, or a budget for activations), replayed as one CUDA graph or not."""
+    torch._functorch.config.activation_memory_budget = budget
+    how = (
+        {"fused": None, "capturable": True} if update_too else {"capturable": captured}
+    )  # the compiler fuses by itself
+    optimizer = adamw(model, **how)
     run_step: Callable[..., Tensor] = (
         torch.compile(step, mode=compiled if isinstance(compiled, str) else None) if compiled else step
     )
+
+    def clip_and_update() -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    finish = torch.compile(clip_and_update) if update_too else clip_and_update
 
     def update(batch: tuple[Tensor, Tensor]) -> Tensor:
         with autocast(workload):
             loss = run_step(model, batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        finish()
         optimizer.zero_grad()
         return loss.detach()
 
@@ -125,6 +142,12 @@ def sheer_fit(workload: Workload, model: nn.Module, batches: Batches, clock: Clo
         callbacks=[sheer.On(step_end=lambda number, model: clock.tick())],
         **{"precision": "bf16-mixed" if workload.precision == "bf16" else "32-true", **how},
     ).fit(model, step, batches, optimizer=adamw)
+
+
+def sheer_budget() -> Any:
+    import sheer
+
+    return sheer.Compile(activation_memory_budget=0.9)
 
 
 class Endless:
@@ -229,8 +252,14 @@ WAYS: dict[str, Callable[[Workload, nn.Module, Batches, Clock], None]] = {
     "hand, reduce-overhead": lambda *a: by_hand(*a, compiled="reduce-overhead", captured=False),
     "hand, captured": lambda *a: by_hand(*a, compiled=False, captured=True),
     "hand, compiled and captured": lambda *a: by_hand(*a, compiled=True, captured=True),
+    "hand, compiled with the update": lambda *a: by_hand(*a, compiled=True, captured=False, update_too=True),
+    "hand, compiled with the update and captured": lambda *a: by_hand(
+        *a, compiled=True, captured=True, update_too=True
+    ),
+    "hand, compiled, budget 0.9": lambda *a: by_hand(*a, compiled=True, captured=False, budget=0.9),
     "sheer": lambda *a: sheer_fit(*a),
     "sheer, compile": lambda *a: sheer_fit(*a, compile=True),
+    "sheer, compile, budget 0.9": lambda *a: sheer_fit(*a, compile=sheer_budget()),
     "sheer, cuda_graph": lambda *a: sheer_fit(*a, cuda_graph=True),
     "sheer, compile and cuda_graph": lambda *a: sheer_fit(*a, compile=True, cuda_graph=True),
     "sheer, compile and float8": lambda *a: sheer_fit(*a, compile=True, precision="float8-mixed"),
@@ -260,6 +289,14 @@ def one(name: str, way: str) -> None:
     print("FOUND " + json.dumps(clock.found()))
 
 
+def peers() -> str:
+    """Return the versions of the peers that are installed."""
+    installed = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
+    return ", ".join(
+        f"{name} {installed[name]}" for name in ("lightning", "transformers", "accelerate") if name in installed
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS))
@@ -271,7 +308,7 @@ def main() -> None:
         one(*args.one)
         return
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}; {peers()}"
     )
     table: dict[str, dict[str, Any]] = {}
     for name in args.workloads:
