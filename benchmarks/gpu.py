@@ -32,6 +32,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+import torch._functorch.config
 from gpu_workloads import WORKLOADS, Workload, step
 from torch import Tensor, nn
 

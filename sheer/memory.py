@@ -72,6 +72,8 @@ def make_room(cfg: Settings, run: Run, batch: StepBatch, error: torch.OutOfMemor
     for parameter in run.model.parameters():
         parameter.grad = None
     run.metrics.forget_step()
+    if run.graphs is not None:
+        run.graphs.captured = {}  # they are of larger parts, and hold memory
     if run.rewind is not None:
         set_generators(run.rewind.generators, run.rewind.states)
     if run.compute.device.type != "cpu":
@@ -86,6 +88,11 @@ def refusal_of(run: Run, batch: StepBatch, size: int, smaller: int, error: torch
     """Return why a step cannot be done again; None: it can."""
     if size <= 1:
         return LEFT
+    if run.ranks is not None and run.graphs is not None and run.graphless is None:
+        return (
+            f"Ranks capture their graphs together, so one of them cannot take smaller parts alone. Set micro_batch_size={smaller}: the same step in "
+            "smaller parts."
+        )
     if run.ranks is not None and not is_alone_so_far(run, error):
         return (
             f"The other ranks wait for what this one was to send, so the step cannot be done again here. Set micro_batch_size={smaller}: the same "

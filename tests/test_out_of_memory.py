@@ -191,3 +191,15 @@ def test_where_the_others_wait_for_what_was_to_be_sent_all_end_with_an_error(
 ) -> None:
     with pytest.raises(AssertionError, match="The other ranks wait for what this one was to send"):
         run_on_ranks(2, on_ranks, [1000, 4], where, buffers, parallel)
+
+
+def test_ranks_that_capture_graphs_together_are_told_the_size() -> None:
+    """One of them would capture its smaller parts alone, and NCCL would wait for the others."""
+    from types import SimpleNamespace
+
+    from sheer.data.batch import StepBatch
+    from sheer.memory import refusal_of
+
+    run: Any = SimpleNamespace(ranks=object(), graphs=object(), graphless=None)
+    why = refusal_of(run, StepBatch([(torch.ones(8, 1), 8)]), 8, 4, torch.OutOfMemoryError("no memory"))
+    assert why is not None and "Set micro_batch_size=4" in why and "capture their graphs together" in why

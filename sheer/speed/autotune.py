@@ -78,7 +78,7 @@ def find_way(call: Call, say: Say = print) -> Way:
     place_model(call.model, make_compute(settings.precision, device))
     say(f"autotune: each way for about two seconds on {device}, from the same state")
     say(f"{'ms a step':>10}  {'peak MiB':>9}  verified  way")
-    base, best = own_way(settings), fitting(call, own_way(settings), device, say)
+    base, best, tried = own_way(settings), fitting(call, own_way(settings), device, say), set[Way]()
     for candidates in (
         faster_optimizers,
         ways_to_execute,
@@ -90,7 +90,9 @@ def find_way(call: Call, say: Say = print) -> Way:
         recomputation,
     ):
         for way in candidates(call, best, base, device):
-            best = better(call, best, way, base, device, say)
+            if way not in tried:
+                tried.add(way)
+                best = better(call, best, way, base, device, say)
     say(f"autotune: {best.way.differences(base)}")
     return best.way
 

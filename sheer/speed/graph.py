@@ -158,8 +158,8 @@ def graph_for(
             graphs.captured[key] = None
         elif (changed := graphs.rates.changed_option()) is not None:
             raise CannotCaptureError(changed)
-    except CannotCaptureError as error:
-        graphs.give_up(str(error))
+    except (CannotCaptureError, torch.OutOfMemoryError) as error:
+        graphs.give_up(reason_of(error))
         return None
     return captured
 
@@ -251,10 +251,10 @@ def step_unless(optimizer: Any, bad: Tensor) -> None:
 
 def clear(run: Run) -> None:
     """Undo on the host what a capture that failed has left there."""
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # else the random generator believes that it is captured still
-        torch.zeros(1, device=run.compute.device)
     for parameter in run.model.parameters():
         parameter.grad = None
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # else the random generator believes that it is captured still
+        torch.zeros(1, device=run.compute.device)
     if run.scaler is not None:  # it believes that it has unscaled gradients
         state = run.scaler.state_dict()
         run.scaler = torch.amp.GradScaler(run.compute.device.type)

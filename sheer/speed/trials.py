@@ -139,21 +139,27 @@ def undone(call: Call, way: Way) -> Iterator[None]:
         for module in call.model.modules()
     ]
     weights = {name: _on_host(value) for name, value in call.model.state_dict().items()}
-    buffers = {name: _on_host(value) for name, value in call.model.named_buffers() if name not in weights}
-    products = torch.get_float32_matmul_precision()
+    unsaved = [
+        (module, name, value, _on_host(value))
+        for path, module in call.model.named_modules()
+        for name, value in module.named_buffers(recurse=False)
+        if (f"{path}.{name}" if path else name) not in weights
+    ]
+    products = torch.get_float32_matmul_precision() if way.precision == "tf32-true" else None
     optimizer = copy.deepcopy(given.state_dict()) if given is not None else {}
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(products)
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
         for module, training, children, compiled in modules:
             module._compiled_call_impl = compiled  # what `Module.compile` sets; there is no public way back
             for name, child in children.items():  # float8 puts others in their place, over the same parameters
                 setattr(module, name, child)
             module.training = training
         call.model.load_state_dict(weights)
-        for name, value in buffers.items():  # those that `state_dict` leaves out
-            call.model.get_buffer(name).copy_(value)
+        for module, name, buffer, value in unsaved:
+            setattr(module, name, buffer.copy_(value))
         for parameter in call.model.parameters():
             parameter.grad = None
         if given is not None:

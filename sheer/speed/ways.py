@@ -47,7 +47,8 @@ class Way:
             return loader
         changed = copy.copy(loader)
         changed.num_workers = self.num_workers or loader.num_workers
-        changed.prefetch_factor = self.prefetch_factor or PREFETCHED
+        changed.prefetch_factor = (self.prefetch_factor or PREFETCHED) if changed.num_workers else None
+        changed._iterator = None  # workers that persist are those of the loader that was given
         return changed
 
     def optimizer(self, optimizer: Optimizer | Callable[[nn.Module], Optimizer]) -> Any:

@@ -147,7 +147,7 @@ def test_rebuilt_loaders_pin_their_memory() -> None:
 
 
 def captured_by_hand(net: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Any]) -> None:
-    """Three steps on a stream of their own, then one captured and replayed, as in PyTorch's notes on CUDA graphs."""
+    """Three steps, then one that is captured and replayed."""
     a, b = (part.cuda() for part in batches[0])
 
     def once() -> None:
@@ -155,12 +155,9 @@ def captured_by_hand(net: nn.Module, optimizer: torch.optim.Optimizer, batches: 
         optimizer.step()
         optimizer.zero_grad()
 
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            once()
-    torch.cuda.current_stream().wait_stream(aside)
+    for _ in range(3):
+        once()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         once()
@@ -171,7 +168,11 @@ def captured_by_hand(net: nn.Module, optimizer: torch.optim.Optimizer, batches: 
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled", "captured"])
-def test_memory_is_that_of_the_hand_written_loop(way: str) -> None:
+def test_memory_is_that_of_the_hand_written_loop(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replays: list[int] = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))[1])
+
     def net_of() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(512, 4096), nn.ReLU(), nn.Linear(4096, 512))
@@ -190,7 +191,7 @@ def test_memory_is_that_of_the_hand_written_loop(way: str) -> None:
 
     def plain() -> None:
         net = net_of().cuda()
-        optimizer = optimizer_of(net)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True, capturable=way == "captured")
         step = torch.compile(loss_step) if way == "compiled" else loss_step
         for a, b in batches if way != "captured" else []:
             step(net, (a.cuda(), b.cuda())).backward()
@@ -200,9 +201,11 @@ def test_memory_is_that_of_the_hand_written_loop(way: str) -> None:
             captured_by_hand(net, optimizer, batches)
 
     def ours() -> None:
+        replays.clear()
         trainer(max_steps=6, compile=way == "compiled", cuda_graph=way == "captured").fit(
             net_of(), loss_step, batches, optimizer=lambda m: optimizer_of(m)
         )
+        assert len(replays) == (3 if way == "captured" else 0)
 
     plain(), ours()  # what libraries take once, they have
     one_batch = 2 * x.numel() * 4  # the next one, on its way

@@ -6,7 +6,7 @@ import json
 import random
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,7 @@ def test_a_schedule_counts_the_steps_that_were_tried(tmp_path: Path) -> None:
         )
     state = json.loads((tmp_path / "True" / "checkpoints/last/state.json").read_text())
     skipped = state["progress"]["skipped"]
-    assert skipped > 0
+    assert skipped > 3
     without, captured_steps = (schedule.last_epoch for schedule in made)
     assert without == 36 - skipped
     # Of the first three steps, which are made without a graph, one that is left out is not counted.
@@ -318,6 +318,12 @@ def test_many_shapes_end_the_capturing(tmp_path: Path) -> None:
         ).fit(net, step, DataLoader(data(), batch_sampler=Ragged()), optimizer=fused)
 
 
+@pytest.fixture(autouse=True)
+def waits_are_allowed_again() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
 class Watched:
     """Lets any wait for the device be an error between log points, and counts the memory asked for, once graphs are replayed."""
 
@@ -338,7 +344,7 @@ class Watched:
 def test_nothing_waits_and_no_memory_is_asked_for_once_a_run_goes(
     captured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From behind the first log point and save on, over the next ones."""
+    """From behind the first log point and save on, over the next two."""
     replays: list[int] = []
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))[1])
@@ -356,7 +362,7 @@ def test_nothing_waits_and_no_memory_is_asked_for_once_a_run_goes(
     ).fit(net, step, DataLoader(data(96), 16, shuffle=True), optimizer=fused)
     assert len(replays) == (200 - 3 if captured else 0)
     assert watched.allocations[12] == watched.allocations[49]  # no log point between
-    assert watched.allocations[60] == watched.allocations[-1]  # three
+    assert watched.allocations[60] == watched.allocations[-1]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +26,11 @@ BATCH, WIDE = 1024, 65_536  # a quarter of a MiB for each sample in each of the 
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """Let this process have 600 MiB: a whole batch needs 768 in its backward pass, half of one 384."""
+    """Let this process have 720 MiB: a whole batch needs 768 in its backward pass, half of one 384."""
+    gc.collect()
     torch.cuda.empty_cache()
     whole = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 600 * MIB) / whole)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 720 * MIB) / whole)
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()

@@ -219,6 +219,10 @@ def test_workers_and_how_far_they_are_ahead_are_tried(monkeypatch: pytest.Monkey
     changed = ahead.loader(task.loader)
     assert (changed.num_workers, changed.prefetch_factor, task.loader.num_workers) == (4, 8, 0)
     assert with_workers.loader(task.loader).prefetch_factor == 2
+    without = dataclasses.replace(own.way, prefetch_factor=8).loader(
+        task.loader
+    )  # a script that has no workers any more
+    assert (without.num_workers, without.prefetch_factor) == (0, None)
     assert advice(ahead, own.way) == "write the training loader: num_workers=4, prefetch_factor=8"
 
     def given(**how: Any) -> list[Way]:
@@ -287,6 +291,7 @@ def test_a_trial_puts_back_what_is_global_and_what_a_state_dict_leaves_out() -> 
             super().__init__()
             self.net = model()
             self.register_buffer("calls", torch.zeros(()), persistent=False)
+            self.register_buffer("kept", torch.zeros(2), persistent=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.calls += 1
@@ -298,12 +303,13 @@ def test_a_trial_puts_back_what_is_global_and_what_a_state_dict_leaves_out() -> 
     task = dataclasses.replace(call(), model=Counted())
     child = next(task.model.children())
     torch.set_float32_matmul_precision("highest")
-    with trials.undone(task, Way()):
+    with trials.undone(task, Way(precision="tf32-true")):
         torch.set_float32_matmul_precision("high")
         task.model.calls += 1
+        task.model.kept = torch.ones(7)  # as a cache grows
         child._compiled_call_impl = compiled
     assert torch.get_float32_matmul_precision() == "highest"
-    assert task.model.calls == 0 and child._compiled_call_impl is None
+    assert task.model.calls == 0 and task.model.kept.tolist() == [0.0, 0.0] and child._compiled_call_impl is None
     child._compiled_call_impl = compiled  # the script's own
     with trials.undone(task, Way()):
         child._compiled_call_impl = None
