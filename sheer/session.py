@@ -131,7 +131,9 @@ class Session:
             lines.append(
                 f"memory on {self.run.compute.device}: {used / 2**30:.2f} GiB in use, {top / 2**30:.2f} GiB at most"
             )
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) and "sheer.evaluation" in passed:
+            lines.append("an evaluation takes the batches of its loader as they are: give that a smaller batch_size")
+        elif isinstance(error, torch.OutOfMemoryError):
             lines.append(
                 "micro-batches were halved already"
                 if self.run.progress.micro_batch_size is not None

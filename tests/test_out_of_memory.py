@@ -129,6 +129,15 @@ def test_where_one_sample_does_not_fit_the_error_says_what_is_left() -> None:
     assert any("Not one sample fits" in note for note in raised.value.__notes__)
 
 
+def test_an_evaluation_that_does_not_fit_is_told_what_helps_there() -> None:
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        trainer(max_steps=1, micro_batch_size=8).fit(
+            net := model(), Limited(8), loader(16), loader(16), optimizer=SGD(net.parameters(), lr=0.1)
+        )
+    notes = " ".join(raised.value.__notes__)
+    assert "give that a smaller batch_size" in notes and "set micro_batch_size" not in notes
+
+
 def test_a_batch_that_cannot_be_cut_says_why() -> None:
     def step(net: nn.Module, batch: Any) -> Tensor:
         raise torch.OutOfMemoryError("no memory")

@@ -58,7 +58,8 @@ def chosen_before(settings: Settings) -> Way | None:
 def find_way(call: Call, say: Say = print) -> Way:
     """Try ways to train, print a table of them, and return the best.
 
-    Each is a run of `fit` over a few dozen steps from the same state. One is kept if it is at least 2% faster than the best so far and its
+    Each is a run of `fit` over a few dozen steps from the same state. One is kept if it is at least 2% faster than the best so far, also than
+    that takes if it is measured again behind it, and its
     losses are those of the script's own way: within 0.1%; within 2% in another precision; within 5% where a compiled dropout draws
     other numbers. Afterwards the model (on the device), the optimizer, the schedule and the random states are as they were.
 
@@ -78,7 +79,8 @@ def find_way(call: Call, say: Say = print) -> Way:
     place_model(call.model, make_compute(settings.precision, device))
     say(f"autotune: each way for about two seconds on {device}, from the same state")
     say(f"{'ms a step':>10}  {'peak MiB':>9}  verified  way")
-    base, best, tried = own_way(settings), fitting(call, own_way(settings), device, say), set[Way]()
+    base, tried = own_way(settings), set[Way]()
+    best = fitting(call, base, device, say, tried)
     for candidates in (
         faster_optimizers,
         ways_to_execute,
@@ -108,17 +110,26 @@ def tuned(call: Call) -> tuple[Settings, Plugins, Any, Any]:
     return way.settings(call.settings), plugins, way.loader(call.loader), way.optimizer(call.optimizer)
 
 
-def fitting(call: Call, way: Way, device: torch.device, say: Say) -> Trial:
-    """Measure the script's own way; where memory does not suffice, in smaller and smaller micro-batches."""
-    trial = trial_of(call, way, device)
-    tell(trial, "the script's own", say)
-    while trial.problem == "out of memory" and (way.micro_batch_size or batch_size_of(call)) > 1:
-        way = dataclasses.replace(way, micro_batch_size=(way.micro_batch_size or batch_size_of(call)) // 2)
-        trial = trial_of(call, way, device)
-        tell(trial, f"micro_batch_size={way.micro_batch_size}", say)
-    if trial.problem is not None:
-        raise SettingsError(f"autotune cannot measure this training: {trial.problem}.")
-    return trial
+def fitting(call: Call, base: Way, device: torch.device, say: Say, tried: set[Way]) -> Trial:
+    """Measure the script's own way; without a graph where none can be, in smaller and smaller micro-batches where memory does not suffice.
+
+    Ways that were tried are put into `tried`.
+    """
+    way, words = base, "the script's own"
+    while True:
+        tried.add(way)
+        trial = trial_of(call, way, device, is_own=True)
+        tell(trial, words if trial.problem is None else f"{words}: {trial.problem}", say)
+        size = way.micro_batch_size or batch_size_of(call)
+        if trial.problem == "out of memory" and size > 1:
+            way = dataclasses.replace(way, micro_batch_size=size // 2)
+        elif trial.problem is not None and way.cuda_graph:
+            way = dataclasses.replace(way, cuda_graph=False)
+        elif trial.problem is not None:
+            raise SettingsError(f"autotune cannot measure this training: {trial.problem.removesuffix('.')}.")
+        else:
+            return trial
+        words = way.differences(base)
 
 
 def batch_size_of(call: Call) -> int:
@@ -127,7 +138,10 @@ def batch_size_of(call: Call) -> int:
 
 
 def better(call: Call, best: Trial, way: Way, base: Way, device: torch.device, say: Say) -> Trial:
-    """Measure a way, say what came of it, and return it or the best so far."""
+    """Measure a way, say what came of it, and return it or the best so far.
+
+    One that was faster is compared once more, with the best so far measured behind it: the machine may have become another.
+    """
     trial = trial_of(call, way, device)
     off = 0.0 if trial.problem else distance(trial.losses, best.losses)
     bound = bound_of(call, way, base)
@@ -135,8 +149,12 @@ def better(call: Call, best: Trial, way: Way, base: Way, device: torch.device, s
         verdict = f"dropped: {trial.problem}"
     elif not off <= bound:
         verdict = f"dropped: its losses are {off:.1%} off"
+    elif trial.ms > best.ms:
+        verdict = "dropped: slower"
     elif trial.ms > GAIN * best.ms:
-        verdict = "dropped: no faster"
+        verdict = "dropped: hardly faster"
+    elif trial.ms > GAIN * (again := trial_of(call, best.way, device)).ms and again.problem is None:
+        verdict = f"dropped: the best so far took {again.ms:.3f} ms behind it"
     else:
         verdict = "kept"
     tell(trial, f"{way.differences(base)}: {verdict}", say, verified="yes" if off <= bound else "no")
@@ -196,17 +214,21 @@ def ways_to_execute(call: Call, best: Trial, base: Way, device: torch.device) ->
 
 
 def more_workers(call: Call, best: Trial, base: Way, device: torch.device) -> list[Way]:
-    """Return numbers of worker processes, for a loader that reads in this one."""
-    if type(call.loader) is not DataLoader or call.loader.num_workers > 0:
+    """Return numbers of worker processes: some for a loader that reads in this one; none, and twice as many, for one that has some."""
+    if type(call.loader) is not DataLoader:
         return []
-    return [dataclasses.replace(best.way, num_workers=n) for n in (1, 4, 8) if n <= (os.cpu_count() or 1)]
+    given, most = call.loader.num_workers, os.cpu_count() or 1
+    numbers = [1, 4, 8] if not given else [2 * given] if call.loader.persistent_workers else [0, 2 * given]
+    return [dataclasses.replace(best.way, num_workers=number) for number in numbers if number <= most]
 
 
 def more_ahead(call: Call, best: Trial, base: Way, device: torch.device) -> list[Way]:
     """Return worker processes that are further ahead, for a loader that has some and no number of its own."""
-    if type(call.loader) is not DataLoader or not (best.way.num_workers or call.loader.num_workers):
+    if type(call.loader) is not DataLoader:
         return []
-    given = call.loader.prefetch_factor
+    workers, given = best.way.num_workers, call.loader.prefetch_factor
+    if not (call.loader.num_workers if workers is None else workers):
+        return []
     return [dataclasses.replace(best.way, prefetch_factor=8)] if given in (None, PREFETCHED) else []
 
 

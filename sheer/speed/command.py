@@ -30,8 +30,8 @@ def advice(way: Way, base: Way) -> str:
         changes["compile"] = f"sheer.Compile({mode}activation_memory_budget={way.activation_memory_budget})"
     trainer = ", ".join(f"{name}={value}" for name, value in changes.items())
     lines = [f"sheer.Trainer(..., {trainer})"] if trainer else []
-    lines += [f"the optimizer: {name}=True" for name in ("fused", "foreach") if getattr(way, name)]
+    lines += [f"{name}=True for the optimizer" for name in ("fused", "foreach") if getattr(way, name)]
     of_loader = {"num_workers": way.num_workers, "prefetch_factor": way.prefetch_factor}
     of_loader_changed = [f"{name}={value}" for name, value in of_loader.items() if value is not None]
-    lines += [f"the training loader: {', '.join(of_loader_changed)}"] if of_loader_changed else []
+    lines += [f"{', '.join(of_loader_changed)} for the training loader"] if of_loader_changed else []
     return "write " + "\n      ".join(lines) if lines else "nothing that was tried is faster than the script as it is"

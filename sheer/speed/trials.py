@@ -74,8 +74,11 @@ class Stopwatch:
         return "measured" if enough or len(self.rounds) == MOST_ROUNDS else None
 
 
-def trial_of(call: Call, way: Way, device: torch.device) -> Trial:
-    """Train a few steps in a way, and put everything back: weights, optimizer, random states. A loader that has a state has moved on."""
+def trial_of(call: Call, way: Way, device: torch.device, is_own: bool = False) -> Trial:
+    """Train a few steps in a way, and put everything back: weights, optimizer, random states. A loader that has a state has moved on.
+
+    `is_own` says that it is the script's own way, whose errors are the script's, and raised.
+    """
     watch = Stopwatch(device)
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
@@ -86,6 +89,8 @@ def trial_of(call: Call, way: Way, device: torch.device) -> Trial:
     except torch.OutOfMemoryError:
         problem = "out of memory"
     except (SheerError, RuntimeError, ImportError) as error:
+        if is_own:
+            raise
         problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if problem is None and len(watch.rounds) < 3:
         problem = "the training ended before it could be measured"

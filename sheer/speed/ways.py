@@ -35,7 +35,7 @@ class Way:
     def differences(self, other: Way) -> str:
         """Say in what it differs from another, as `compile=True, fused=True`."""
         fields = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(other, f.name)]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in fields) or "as it is"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in fields) or "as the script has it"
 
     def settings(self, settings: Settings) -> Settings:
         """Return settings changed to this way."""
@@ -46,7 +46,7 @@ class Way:
         if self.num_workers is None and self.prefetch_factor is None:
             return loader
         changed = copy.copy(loader)
-        changed.num_workers = self.num_workers or loader.num_workers
+        changed.num_workers = loader.num_workers if self.num_workers is None else self.num_workers
         changed.prefetch_factor = (self.prefetch_factor or PREFETCHED) if changed.num_workers else None
         changed._iterator = None  # workers that persist are those of the loader that was given
         return changed
