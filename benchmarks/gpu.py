@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -73,8 +74,8 @@ class Clock:
         }
 
 
-def adamw(model: nn.Module, **how: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), **{"lr": 1e-4, "fused": True, **how})
+def adamw(model: nn.Module, fused: bool | None = True, **how: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused, **how)
 
 
 def autocast(workload: Workload) -> Any:
@@ -93,10 +94,8 @@ def by_hand(
 ) -> None:
     """The loop of an expert: eager or compiled (with clipping and the optimizer, or a budget for activations), replayed as one CUDA graph or not."""
     torch._functorch.config.activation_memory_budget = budget
-    how = (
-        {"fused": None, "capturable": True} if update_too else {"capturable": captured}
-    )  # the compiler fuses by itself
-    optimizer = adamw(model, **how)
+    # A compiled update is fused by the compiler.
+    optimizer = adamw(model, fused=None if update_too else True, capturable=captured or update_too)
     run_step: Callable[..., Tensor] = (
         torch.compile(step, mode=compiled if isinstance(compiled, str) else None) if compiled else step
     )
@@ -131,9 +130,13 @@ def by_hand(
         clock.tick()
 
 
-def sheer_fit(workload: Workload, model: nn.Module, batches: Batches, clock: Clock, **how: Any) -> None:
+def sheer_fit(
+    workload: Workload, model: nn.Module, batches: Batches, clock: Clock, budget: float | None = None, **how: Any
+) -> None:
     import sheer
 
+    if budget is not None:
+        how["compile"] = sheer.Compile(activation_memory_budget=budget)
     sheer.Trainer(
         max_steps=clock.last,
         gradient_clip_val=1.0,
@@ -143,12 +146,6 @@ def sheer_fit(workload: Workload, model: nn.Module, batches: Batches, clock: Clo
         callbacks=[sheer.On(step_end=lambda number, model: clock.tick())],
         **{"precision": "bf16-mixed" if workload.precision == "bf16" else "32-true", **how},
     ).fit(model, step, batches, optimizer=adamw)
-
-
-def sheer_budget() -> Any:
-    import sheer
-
-    return sheer.Compile(activation_memory_budget=0.9)
 
 
 class Endless:
@@ -260,7 +257,7 @@ WAYS: dict[str, Callable[[Workload, nn.Module, Batches, Clock], None]] = {
     "hand, compiled, budget 0.9": lambda *a: by_hand(*a, compiled=True, captured=False, budget=0.9),
     "sheer": lambda *a: sheer_fit(*a),
     "sheer, compile": lambda *a: sheer_fit(*a, compile=True),
-    "sheer, compile, budget 0.9": lambda *a: sheer_fit(*a, compile=sheer_budget()),
+    "sheer, compile, budget 0.9": lambda *a: sheer_fit(*a, budget=0.9),
     "sheer, cuda_graph": lambda *a: sheer_fit(*a, cuda_graph=True),
     "sheer, compile and cuda_graph": lambda *a: sheer_fit(*a, compile=True, cuda_graph=True),
     "sheer, compile and float8": lambda *a: sheer_fit(*a, compile=True, precision="float8-mixed"),
@@ -291,11 +288,9 @@ def one(name: str, way: str) -> None:
 
 
 def peers() -> str:
-    """Return the versions of the peers that are installed."""
-    installed = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
-    return ", ".join(
-        f"{name} {installed[name]}" for name in ("lightning", "transformers", "accelerate") if name in installed
-    )
+    """Return the versions of the peers; not each machine with a GPU has them all."""
+    there = [name for name in ("lightning", "transformers", "accelerate") if importlib.util.find_spec(name)]
+    return ", ".join(f"{name} {metadata.version(name)}" for name in there)
 
 
 def main() -> None:

@@ -416,9 +416,7 @@ def at_least(settings: object, **minimums: int) -> None:
 
 def unknown_name(name: str, known: typing.Iterable[str], what: str) -> SettingsError:
     """Build the error for a name that is not there, with the nearest one that is."""
-    known = [one for one in known if one != name]
-    if name == "activation_memory_budget":
-        return SettingsError(f"{what} has no {name!r}. Give compile=sheer.Compile(activation_memory_budget=...).")
+    known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     advice = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
     return SettingsError(f"{what} has no {name!r}. {advice}")

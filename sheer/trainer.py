@@ -17,6 +17,7 @@ from sheer.build import resolve_device
 from sheer.console import Console
 from sheer.distributed.world import world
 from sheer.distributed.wrap import Parallelize
+from sheer.errors import SettingsError
 from sheer.evaluate_alone import Reporter, evaluate_alone, predict_alone
 from sheer.launch import take_overrides
 from sheer.loggers.base import Logger
@@ -92,6 +93,10 @@ class Trainer:
         **unknown: Never,
     ) -> None:
         for name in unknown:
+            if name == "activation_memory_budget":
+                raise SettingsError(
+                    "Trainer has no 'activation_memory_budget'. Give it to the compiler: compile=sheer.Compile(activation_memory_budget=...)."
+                )
             raise unknown_name(
                 name,
                 [*(f.name for f in dataclasses.fields(Settings)), "callbacks", "loggers", "hparams"],

@@ -58,10 +58,9 @@ def chosen_before(settings: Settings) -> Way | None:
 def find_way(call: Call, say: Say = print) -> Way:
     """Try ways to train, print a table of them, and return the best.
 
-    Each is a run of `fit` over a few dozen steps from the same state. One is kept if it is at least 2% faster than the best so far, also than
-    that takes if it is measured again behind it, and its
-    losses are those of the script's own way: within 0.1%; within 2% in another precision; within 5% where a compiled dropout draws
-    other numbers. Afterwards the model (on the device), the optimizer, the schedule and the random states are as they were.
+    Each is a run of `fit` over a few dozen steps from the same state. One is kept if it is at least 2% faster than the best so far, which is
+    measured again behind it, and its losses are those of the script's own way: within 0.1%; within 2% in another precision; within 5%
+    where a compiled dropout draws other numbers. Afterwards the model (on the device), the optimizer, the schedule and the random states are as they were.
 
     Args:
         call: what `fit` was given. Its callbacks are not called; one that looks at gradients rules out a graph.

@@ -118,6 +118,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16-mixed": {"precision": "bf16-mixed"},
     "bf16-true": {"precision": "bf16-true"},
     "tf32": {"precision": "tf32-true"},
+    "64-true": {"precision": "64-true"},
     "16-mixed": {"precision": "16-mixed", "gradient_clip_val": 1.0},
     "accumulate": {"accumulate_grad_batches": 2},
     "micro-batches": {"micro_batch_size": 8},

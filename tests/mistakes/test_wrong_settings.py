@@ -27,6 +27,12 @@ def test_an_unknown_setting_is_named_with_the_nearest(given: dict[str, Any], nea
         Trainer(**given)
 
 
+def test_a_setting_of_the_compiler_is_told_where_it_goes() -> None:
+    given: Any = {"activation_memory_budget": 0.5}
+    with pytest.raises(SettingsError, match=r"Give it to the compiler: compile=sheer\.Compile\("):
+        Trainer(**given)
+
+
 def test_an_unknown_part_of_checkpoint_is_refused_by_python() -> None:
     with pytest.raises(TypeError, match="every_n_step"):
         sheer.Checkpoint(every_n_step=3)  # type: ignore[call-arg]

@@ -223,6 +223,7 @@ def test_an_optimizer_is_switched_as_its_constructor_would_and_back(implementati
     for switched in (optimizer, built):
         assert switched.defaults == wanted.defaults
         assert options(switched) == options(wanted)
+        assert scales(switched) == scales(wanted)
     made.load_state_dict(given.state_dict())
     for net, stepped in ((given, optimizer), (made, wanted)):
         for parameter in net.parameters():
@@ -230,7 +231,12 @@ def test_an_optimizer_is_switched_as_its_constructor_would_and_back(implementati
         stepped.step()
     assert_same(given.state_dict(), made.state_dict())
     way.switch(built, False)
-    assert built.defaults == fresh.defaults and options(built) == options(fresh)
+    assert built.defaults == fresh.defaults and options(built) == options(fresh) and scales(built) == scales(fresh)
+
+
+def scales(optimizer: Any) -> bool:
+    """Whether a gradient scaler lets an optimizer take the scaling, by what PyTorch's own constructors set."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -250,9 +256,8 @@ def test_workers_and_how_far_they_are_ahead_are_tried(monkeypatch: pytest.Monkey
     changed = ahead.loader(task.loader)
     assert (changed.num_workers, changed.prefetch_factor, task.loader.num_workers) == (4, 8, 0)
     assert with_workers.loader(task.loader).prefetch_factor == 2
-    without = dataclasses.replace(own.way, prefetch_factor=8).loader(
-        task.loader
-    )  # a script that has no workers any more
+    # A script that goes on without workers:
+    without = dataclasses.replace(own.way, prefetch_factor=8).loader(task.loader)
     assert (without.num_workers, without.prefetch_factor) == (0, None)
     assert advice(ahead, own.way) == "write num_workers=4, prefetch_factor=8 for the training loader"
 
@@ -266,6 +271,8 @@ def test_workers_and_how_far_they_are_ahead_are_tried(monkeypatch: pytest.Monkey
     assert tuning.more_workers(loaded, own, own.way, CPU)[0].loader(loaded.loader).num_workers == 0
     loaded = dataclasses.replace(task, loader=DataLoader([1.0], num_workers=4, persistent_workers=True))
     assert tuning.more_workers(loaded, own, own.way, CPU) == []
+    loaded.loader._iterator = object()  # stands for its workers, which were started as they were
+    assert ahead.loader(loaded.loader)._iterator is None
     assert given(prefetch_factor=16) == []
 
 
