@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
+import contextlib
+import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 import sheer
+from tests.ranks import run_on_ranks
 from tests.task import assert_same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -24,19 +25,7 @@ MIB = 2**20
 BATCH, WIDE = 1024, 65_536  # a quarter of a MiB for each sample in each of the hidden layer's values
 
 
-@pytest.fixture
-def little_memory() -> Iterator[None]:
-    """Let this process have 720 MiB: a whole batch needs 768 in its backward pass, half of one 384."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    whole = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 720 * MIB) / whole)
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.cuda.empty_cache()
-
-
-def trained(folder: Path, **settings: Any) -> nn.Module:
+def trained(folder: str, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, WIDE), nn.ReLU(), nn.Linear(WIDE, 1))
     draw = torch.Generator().manual_seed(1)
@@ -44,7 +33,7 @@ def trained(folder: Path, **settings: Any) -> nn.Module:
     sheer.Trainer(
         max_steps=16,
         device="cuda",
-        run_dir=str(folder),
+        run_dir=folder,
         checkpoint=False,
         loggers=[sheer.Console(live=False)],
         **settings,
@@ -57,20 +46,40 @@ def trained(folder: Path, **settings: Any) -> nn.Module:
     return net
 
 
+def halved_and_small(folder: str, captured: bool) -> tuple[list[int], list[int]]:
+    """Train with 720 MiB, where a whole batch needs 768 in its backward pass and half of one 384; then with micro-batches of that size.
+
+    Returns the sizes that were said, and how many replays there were in the two runs.
+    """
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(720 * MIB / whole)
+    replays = [0]
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        replays[-1] += 1
+        replay(graph)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        net = trained(f"{folder}/halved", cuda_graph=captured)
+    print(said.getvalue())
+    sizes = [int(n) for n in re.findall(r"out of memory at step 1: micro-batches of (\d+) instead", said.getvalue())]
+    assert sizes
+    replays.append(0)
+    other = trained(f"{folder}/small", cuda_graph=captured, micro_batch_size=sizes[-1])
+    assert_same(net.state_dict(), other.state_dict())
+    return sizes, replays
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_step_is_done_again_in_smaller_parts_as_if_they_had_been_so_from_the_start(
-    captured: bool,
-    little_memory: None,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    captured: bool, tmp_path: Path
 ) -> None:
-    replays: list[int] = []
-    replay = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))[1])
-    net = trained(tmp_path / "halved", cuda_graph=captured)
-    sizes = re.findall(r"out of memory at step 1: micro-batches of (\d+) instead", capsys.readouterr().out)
-    assert sizes
-    assert len(replays) == (16 - 3 if captured else 0)
-    other = trained(tmp_path / "small", cuda_graph=captured, micro_batch_size=int(sizes[-1]))
-    assert_same(net.state_dict(), other.state_dict())
+    ((sizes, replays),) = run_on_ranks(
+        1, halved_and_small, str(tmp_path), captured
+    )  # in a process that has nothing on the GPU yet
+    assert sizes[0] == BATCH // 2
+    assert replays == ([16 - 3] * 2 if captured else [0, 0])
