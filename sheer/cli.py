@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
@@ -261,5 +262,17 @@ def read_changes(assignments: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Run the command."""
-    app()
+    """Run the command. An error of a script is shown from the script's own lines on, without those of the command line above them."""
+    try:
+        app()
+    except Exception as error:
+        error.__traceback__ = from_the_script_on(error.__traceback__)
+        raise
+
+
+def from_the_script_on(trace: TracebackType | None) -> TracebackType | None:
+    """Return the part of a traceback that begins in a script, or all of it where no script is in it."""
+    part = trace
+    while part is not None and part.tb_frame.f_globals.get("__name__") != "__main__":
+        part = part.tb_next
+    return part or trace

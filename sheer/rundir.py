@@ -42,14 +42,18 @@ def choose_run_dir(cfg: Settings) -> Path:
     """Return the run's folder: the one that was set, or `runs/<script>/<time>`."""
     if cfg.run_dir is not None:
         return Path(cfg.run_dir)
-    folder = Path("runs") / main_script().stem
-    now = time.strftime("%Y-%m-%d_%H-%M-%S")
-    candidates = itertools.chain([folder / now], (folder / f"{now}-{number}" for number in itertools.count(2)))
-    return next(path for path in candidates if was_made(path))
+    return folder_of_now(f"runs/{main_script().stem}/")
+
+
+def folder_of_now(start: str) -> Path:
+    """Make a folder that nobody else has, and return it: its path begins so, and ends with the time."""
+    path = start + time.strftime("%Y-%m-%d_%H-%M-%S")
+    candidates = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
+    return next(Path(candidate) for candidate in candidates if was_made(Path(candidate)))
 
 
 def was_made(path: Path) -> bool:
-    """Make a folder; False where it was there: another run of the script began in the same second.
+    """Make a folder; False where it was there: another process of the script began in the same second.
 
     Raises:
         RunError: it cannot be made.

@@ -47,6 +47,18 @@ def test_run_sets_settings_and_leaves_the_scripts_own_arguments_to_it() -> None:
     assert record["sessions"][0]["command"][1:] == ["-m", "sheer", "run", *changes, "train.py", "7", "--own=1"]
 
 
+@pytest.mark.parametrize("command", ["run", "profile", "autotune"])
+def test_an_error_of_the_script_is_shown_from_the_scripts_own_lines_on(command: str) -> None:
+    failing = 'import torch\ntry:\n    int("x")\nexcept ValueError:\n    raise RuntimeError("no good")\n'
+    Path("train.py").write_text(failing)
+    done = sheer(command, "train.py")
+    assert done.returncode == 1 and "ValueError: invalid literal" in done.stderr
+    last = done.stderr.rpartition("Traceback (most recent call last):\n")[2].splitlines()
+    files = [line.split('"')[1] for line in last if line.startswith("  File ")]
+    assert files[-2:] == [str(ROOT / "sheer" / "__main__.py"), "train.py"], done.stderr
+    assert last[-1] == "RuntimeError: no good"
+
+
 def test_run_names_an_unknown_setting_before_the_script_starts() -> None:
     Path("train.py").write_text("print('started')")
     done = sheer("run", "--set", "max_step=3", "train.py")

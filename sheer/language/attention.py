@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sheer.errors import StepError
+
 
 def document_mask(documents: Tensor) -> Tensor:
     """Return which token attends to which: earlier ones of its own document, and itself. For `F.scaled_dot_product_attention`.
@@ -20,7 +22,11 @@ def document_mask(documents: Tensor) -> Tensor:
 
     Returns:
         [batch, 1, length, length], bool, True where attention takes place: for heads in the second dimension.
+
+    Raises:
+        StepError: `documents` is not [batch, length].
     """
+    check_rows("document_mask", "documents", documents)
     length = documents.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
     return ((documents[:, :, None] == documents[:, None, :]) & earlier)[:, None]
@@ -36,7 +42,11 @@ def document_block_mask(documents: Tensor) -> Any:
 
     Returns:
         A `BlockMask` over [batch, any number of heads, length, length].
+
+    Raises:
+        StepError: `documents` is not [batch, length].
     """
+    check_rows("document_block_mask", "documents", documents)
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch, length = documents.shape
@@ -62,7 +72,20 @@ def document_offsets(starts: Tensor, length: int) -> Tensor:
 
     Returns:
         [batch x most documents + 1], int32, from 0 to batch x length.
+
+    Raises:
+        StepError: `starts` is not [batch, most documents].
     """
+    check_rows("document_offsets", "starts", starts)
     rows = torch.arange(0, len(starts) * length, length, dtype=torch.int32, device=starts.device)
     end = torch.full((1,), len(starts) * length, dtype=torch.int32, device=starts.device)
     return torch.cat([(starts + rows[:, None]).flatten(), end])
+
+
+def check_rows(function: str, name: str, given: Tensor) -> None:
+    """Raise `StepError` for a tensor that does not hold one row for each of a batch."""
+    if given.dim() != 2:
+        raise StepError(
+            f'{function} takes `{name}` of a whole batch, two dimensions, as a loader over sheer.data.Packed yields batch["{name}"], and not '
+            f"the shape {list(given.shape)}; one row alone is {name}[None]."
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from sheer.profile.advice import advise
 from sheer.profile.report import draw_steps, report_of_profile, typical_seconds
 from sheer.profile.script import watch_script
 from sheer.profile.trace import device_time
+from sheer.rundir import folder_of_now
 
 
 def profile_script(script: Path, arguments: Sequence[str], changes: Mapping[str, str], warmup: int, timed: int) -> str:
@@ -25,8 +25,7 @@ def profile_script(script: Path, arguments: Sequence[str], changes: Mapping[str,
     Raises:
         CannotProfile: it cannot be profiled; an error of the script goes through.
     """
-    folder = Path("runs") / "profile" / f"{script.stem}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    folder.mkdir(parents=True)
+    folder = folder_of_now(f"runs/profile/{script.stem}-")
     try:
         seen = watch_script(script, arguments, changes, warmup, timed, folder.resolve() / "trace.json")
     except BaseException:

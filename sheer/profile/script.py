@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import importlib
 import tempfile
 from collections import Counter
@@ -208,6 +209,8 @@ class Watcher:
             self.phases.watched = None
             self._compile_again()
         if self._done == self.warmup:
+            if not stop:
+                self._log_once(*arguments[:2])
             self.phases.restart()
         elif self._done > self.warmup and self._profile is None:
             self.seen.steps = self.phases.steps
@@ -230,6 +233,12 @@ class Watcher:
         if left is not None and left < self.timed + self.recorded:
             self.recorded = min(self.recorded, max(1, left // 4))
             self.timed = max(1, left - self.recorded)
+
+    def _log_once(self, settings: Any, run: Run) -> None:
+        """Make a log point, and collect garbage: what only the first of them takes, such as to load a GPU's kernels, is not what each takes."""
+        if run.progress.step % settings.log_every_n_steps != 0 and not run.ends_owed:
+            LOOP.log_training(settings, run)
+        gc.collect()
 
     def _compile_again(self) -> None:
         if self._is_eager:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, default_collate
 import sheer
 from sheer.data import Packed
 from sheer.data.packing import best_fit
+from sheer.errors import StepError
 from tests.task import assert_same, trainer
 from tests.test_resume import StopAt
 
@@ -227,3 +229,14 @@ def test_documents_may_be_mapped_from_a_file(tmp_path: Path) -> None:
 def test_what_cannot_be_packed_is_named(make: Any, said: str) -> None:
     with pytest.raises(sheer.DataError, match=said):
         make()
+
+
+@pytest.mark.parametrize(
+    "function", [sheer.document_mask, sheer.document_block_mask, lambda rows: sheer.document_offsets(rows, 4)]
+)
+@pytest.mark.parametrize("shape", [(4,), (2, 1, 4)])
+def test_documents_of_one_row_alone_are_refused_by_name(function: Any, shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        StepError, match=r"takes `(documents|starts)` of a whole batch, two dimensions.*" + re.escape(str(list(shape)))
+    ):
+        function(torch.zeros(shape, dtype=torch.int32))

@@ -105,6 +105,24 @@ def test_a_loop_of_ones_own_is_profiled_as_well() -> None:
     assert not Path("run").exists() and "behind the training" not in output
 
 
+LOGGED = """
+class Seen:
+    def on_log(self, step, metrics):
+        print("logged", step)
+
+model, optimizer = made()
+trainer = sheer.Trainer(max_steps=40, log_every_n_steps=4, device="cpu", callbacks=[Seen()], loggers=[], checkpoint=False)
+trainer.fit(model, step, [torch.ones(4, 4)] * 40, optimizer=optimizer)
+"""
+
+
+def test_the_first_log_point_is_made_before_steps_are_timed() -> None:
+    script = SCRIPT[: SCRIPT.index("trainer = ")] + LOGGED
+    assert re.findall(r"^logged (\d+)$", profiled(script)[1], re.MULTILINE) == ["2", "4", "8"]
+    script = script.replace("log_every_n_steps=4", "log_every_n_steps=2")  # it was made
+    assert re.findall(r"^logged (\d+)$", profiled(script)[1], re.MULTILINE) == ["2", "4", "6", "8", "10"]
+
+
 def test_the_loop_is_as_it_was_afterwards() -> None:
     before = [loop.apply, loop.end_step, loop.backward_of, start.events_of, Trainer.fit, Trainer.start]
     profiled(SCRIPT)
