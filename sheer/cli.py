@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
 
 from sheer.checkpoint.commands import checkpoint_app
-from sheer.errors import ContradictionError, SettingsError, SheerError
+from sheer.errors import ContradictionError, SettingsError, SheerError, from_the_script
 from sheer.launch import overriding, telling_of_untaken
 from sheer.settings import Settings, overridden
 from sheer.version import __version__
@@ -266,13 +265,5 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        error.__traceback__ = from_the_script_on(error.__traceback__)
+        error.__traceback__ = from_the_script(error.__traceback__)
         raise
-
-
-def from_the_script_on(trace: TracebackType | None) -> TracebackType | None:
-    """Return the part of a traceback that begins in a script, or all of it where no script is in it."""
-    part = trace
-    while part is not None and part.tb_frame.f_globals.get("__name__") != "__main__":
-        part = part.tb_next
-    return part or trace

@@ -1,6 +1,10 @@
 """The errors and the warning that Sheer raises for what a user can mend. Each says what was wrong, what was expected, what to do."""
 
+from __future__ import annotations
+
+import runpy
 import sys
+from types import TracebackType
 
 # Modules that are not the user's, and may be between a warning and the line that led to it.
 BETWEEN = frozenset({"sheer", "torch", *sys.stdlib_module_names})
@@ -67,3 +71,20 @@ def user_level() -> int:
             return level
         level, frame = level + 1, frame.f_back
     return 1
+
+
+def from_the_script(trace: TracebackType | None) -> TracebackType | None:
+    """Return a traceback from a script on, without what has started it by `runpy`; all of it where nothing was started so."""
+    part = trace
+    while part is not None and not is_runpy(part):
+        part = part.tb_next
+    if part is None:
+        return trace
+    while part is not None and is_runpy(part):
+        part = part.tb_next
+    return part
+
+
+def is_runpy(trace: TracebackType) -> bool:
+    """Whether a line of a traceback is in the module that runs scripts."""
+    return trace.tb_frame.f_code.co_filename in ("<frozen runpy>", runpy.__file__)

@@ -39,31 +39,36 @@ LOCK = ".lock"  # held by the process that trains in a folder
 
 
 def choose_run_dir(cfg: Settings) -> Path:
-    """Return the run's folder: the one that was set, or `runs/<script>/<time>`."""
+    """Return the run's folder: the one that was set, or `runs/<script>/<time>`.
+
+    Raises:
+        RunError: it cannot be made.
+    """
     if cfg.run_dir is not None:
         return Path(cfg.run_dir)
-    return folder_of_now(f"runs/{main_script().stem}/")
+    try:
+        return folder_of_now(f"runs/{main_script().stem}/")
+    except OSError as error:
+        raise RunError(f"The run directory {error.filename} cannot be made: {error.strerror}. Set run_dir.") from error
 
 
 def folder_of_now(start: str) -> Path:
-    """Make a folder that nobody else has, and return it: its path begins so, and ends with the time."""
+    """Make a folder that nobody else has, and return it: its path begins so, and ends with the time.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     path = start + time.strftime("%Y-%m-%d_%H-%M-%S")
     candidates = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
     return next(Path(candidate) for candidate in candidates if was_made(Path(candidate)))
 
 
 def was_made(path: Path) -> bool:
-    """Make a folder; False where it was there: another process of the script began in the same second.
-
-    Raises:
-        RunError: it cannot be made.
-    """
+    """Make a folder; False where it was there: another process of the script began in the same second."""
     try:
         path.mkdir(parents=True)
     except FileExistsError:
         return False
-    except OSError as error:
-        raise RunError(f"The run directory {path} cannot be made: {error.strerror}. Set run_dir.") from error
     return True
 
 

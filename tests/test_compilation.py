@@ -105,7 +105,7 @@ def test_a_run_says_what_was_compiled_again_and_why(backend: Backend, capsys: py
         net, loss_step, loader(16), loader(16), optimizer=SGD(net.parameters(), lr=0.01)
     )
     said = [line for line in capsys.readouterr().out.splitlines() if "compiled again" in line]
-    assert said[0].startswith("loss_step was compiled again, ")
+    assert said[0].startswith("loss_step was compiled again, 2 times by now: ")
     assert "the batch size of batch[0] changed (16 -> 4); drop_last=True" in said[0]
     # The model by itself is what evaluations run, and their last batch is shorter, too; that they run without gradients is not told.
     assert len(said) == 2 and said[1].startswith("Net.forward was compiled again, ")

@@ -9,12 +9,13 @@ import sys
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 import torch.distributed as dist
 
 from sheer.distributed.output import write_to_file
 from sheer.distributed.words import RUNS, departure_status, launcher_folder, leave_word, report_error
+from sheer.errors import from_the_script
 from sheer.launch import telling_of_untaken
 from sheer.signals import EXIT_STATUS, SIGNALS
 
@@ -42,7 +43,7 @@ def work() -> None:
             report_error(left, left, echo=False)
         raise
     except BaseException as error:
-        text = "".join(traceback.format_exception(type(error), error, from_the_script(error)))
+        text = "".join(traceback.format_exception(type(error), error, from_the_script(error.__traceback__)))
         write_to_file(text)
         if not report_error(text, f"{type(error).__name__}: {error}", is_echo(error)):
             raise
@@ -55,14 +56,6 @@ def work() -> None:
 def leave_at_once(number: int, frame: FrameType | None) -> None:
     """Leave, as one who was told to stop while no run was going on."""
     raise SystemExit(EXIT_STATUS)
-
-
-def from_the_script(error: BaseException) -> TracebackType | None:
-    """Return the traceback of an error from the script on, without what has started the script."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>", runpy.__file__):
-        trace = trace.tb_next
-    return trace
 
 
 def is_echo(error: BaseException | None) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sheer.profile.advice import advise
 from sheer.profile.report import draw_steps, report_of_profile, typical_seconds
-from sheer.profile.script import watch_script
+from sheer.profile.script import CannotProfile, watch_script
 from sheer.profile.trace import device_time
 from sheer.rundir import folder_of_now
 
@@ -25,7 +25,10 @@ def profile_script(script: Path, arguments: Sequence[str], changes: Mapping[str,
     Raises:
         CannotProfile: it cannot be profiled; an error of the script goes through.
     """
-    folder = folder_of_now(f"runs/profile/{script.stem}-")
+    try:
+        folder = folder_of_now(f"runs/profile/{script.stem}-")
+    except OSError as error:
+        raise CannotProfile(f"The folder {error.filename} for the trace cannot be made: {error.strerror}.") from error
     try:
         seen = watch_script(script, arguments, changes, warmup, timed, folder.resolve() / "trace.json")
     except BaseException:

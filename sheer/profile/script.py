@@ -236,7 +236,7 @@ class Watcher:
 
     def _log_once(self, settings: Any, run: Run) -> None:
         """Make a log point, and collect garbage: what only the first of them takes, such as to load a GPU's kernels, is not what each takes."""
-        if run.progress.step % settings.log_every_n_steps != 0 and not run.ends_owed:
+        if run.progress.step % settings.log_every_n_steps != 0:
             LOOP.log_training(settings, run)
         gc.collect()
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from sheer import loop, start
+from sheer import loop, rundir, start
 from sheer.cli import app
 from sheer.profile.advice import advise
 from sheer.profile.phases import COPY, DATA, FORWARD, LOGGING, OPTIMIZER, PHASES, REST, InPhase, Phases, seconds_of
@@ -114,6 +114,21 @@ model, optimizer = made()
 trainer = sheer.Trainer(max_steps=40, log_every_n_steps=4, device="cpu", callbacks=[Seen()], loggers=[], checkpoint=False)
 trainer.fit(model, step, [torch.ones(4, 4)] * 40, optimizer=optimizer)
 """
+
+
+def test_two_in_the_same_second_have_a_folder_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir.time, "strftime", lambda form: "now")
+    short = SCRIPT[: SCRIPT.index("trainer = ")] + LOGGED
+    for name in ("train-now", "train-now-2"):
+        status, output = profiled(short)
+        assert status == 0 and f"trace:   runs/profile/{name}/trace.json" in output
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs").write_text("notes")
+    status, output = profiled(SCRIPT)
+    assert status == 2 and "for the trace cannot be made: Not a directory." in output
+    assert Path("runs").read_text() == "notes"
 
 
 def test_the_first_log_point_is_made_before_steps_are_timed() -> None:

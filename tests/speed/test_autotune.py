@@ -104,18 +104,25 @@ def test_what_is_kept(trial: Trial, verdict: str, monkeypatch: pytest.MonkeyPatc
     task = call()
     after = better(task, best, trial.way, Way(), CPU, said.append)
     assert said[0].endswith(verdict)
+    verified = "-" if trial.problem else "no" if verdict.endswith("off") else "yes"
+    assert said[0].split()[2] == verified
     assert (after.way == trial.way) is (verdict == "kept")
     assert after.losses == best.losses
 
 
 def test_a_way_that_was_faster_is_compared_with_the_best_so_far_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process may have slowed down the one, and not the other."""
-    times = {Way(): 0.4, Way(fused=True): 0.5}
+    times = {Way(): 0.4, Way(fused=True): 0.5, Way(compile=True): 0.395, Way(foreach=True): 0.39}
     monkeypatch.setattr(tuning, "trial_of", lambda call, way, device: Trial(way, ms=times[way], losses=(1.0, 2.0)))
     said: list[str] = []
     best = Trial(Way(), ms=1.0, losses=(1.0, 2.0))
-    assert better(call(), best, Way(fused=True), Way(), CPU, said.append) is best
+    task = call()
+    after = better(task, best, Way(fused=True), Way(), CPU, said.append)
     assert said[0].endswith("fused=True: dropped: the best so far took 0.400 ms behind it")
+    assert after == dataclasses.replace(best, ms=0.4)  # which those behind it are compared with
+    assert better(task, after, Way(compile=True), Way(), CPU, said.append) is after
+    assert said[1].endswith("compile=True: dropped: hardly faster")
+    assert better(task, after, Way(foreach=True), Way(), CPU, said.append).way == Way(foreach=True)
 
 
 def test_losses_that_are_nan_are_off() -> None:
@@ -190,6 +197,26 @@ def test_the_whole_preflight_on_the_cpu() -> None:
     text = "\n".join(said)
     assert "the script's own" in text and "fused=True" in text and "micro_batch_size=8" in text
     assert way.precision == "32-true" and not way.cuda_graph
+
+
+def test_a_run_that_is_tuned_is_the_run_that_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was tried, with the model, the optimizer and the generators of the run, has left no trace in it."""
+    monkeypatch.setattr(tuning, "ways_to_execute", lambda *given: [])  # the compiler takes its time
+    nets = []
+    for autotune in (True, False):
+        way = {} if autotune else json.loads(Path("tuned/autotune.json").read_text())
+        torch.manual_seed(0)
+        nets.append(model(dropout=0.2))
+        chosen = {name: True for name in ("fused", "foreach") if way.get(name)}
+        workers = {} if way.get("num_workers") is None else {"num_workers": way["num_workers"]}
+        sheer.Trainer(
+            max_epochs=2,
+            device="cpu",
+            autotune=autotune,
+            run_dir="tuned" if autotune else "plain",
+            micro_batch_size=4 if autotune else way["micro_batch_size"],
+        ).fit(nets[-1], step, loader(16, **workers), optimizer=AdamW(nets[-1].parameters(), lr=1e-2, **chosen))
+    assert_same(nets[0].state_dict(), nets[1].state_dict())
 
 
 def test_optimizers_that_cannot_be_fused_or_say_so_themselves() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,15 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 
 import sheer
 from sheer.metrics import Metrics
 from sheer.nonfinite import Watch
 from sheer.random import snapshot
-from sheer.speed.graph import refuse_host_randomness
+from sheer.speed.graph import refuse_host_randomness, why_not
 from sheer.speed.rates import DeviceRates
-from sheer.speed.record import CannotCaptureError, leaves_of
+from sheer.speed.record import CannotCaptureError, Recorder, leaves_of
 from tests.task import assert_same, loader, model, step, trainer
 
 
@@ -166,3 +168,23 @@ def test_skipped_steps_are_counted_once() -> None:
     watch.add_skips([6], torch.tensor([1.0]))
     assert watch.take_skips() == [5, 6]
     assert watch.take_skips() == []
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"dp_shard": 2}, {"tp": 2}, {"pp": 2, "pp_split": ("blocks.1",)}, {"cp": 2, "seq_dim": 1}]
+)
+def test_a_model_that_is_divided_over_ranks_is_not_captured(sizes: dict[str, Any]) -> None:
+    parallel: Any = sheer.Parallel(**{"dp_replicate": 1, "dp_shard": 1, **sizes})
+    uses_ddp = parallel.dp_shard == parallel.tp == parallel.pp == 1
+    ranks = SimpleNamespace(uses_ddp=uses_ddp, parallel=parallel)
+    run: Any = SimpleNamespace(compute=SimpleNamespace(device=torch.device("cuda")), ranks=ranks)
+    reason = why_not(sheer.Trainer(max_steps=1).settings, run, SGD(model().parameters(), 0.1), numbered=False)
+    assert reason == "the model is divided over ranks, and only DDP can be captured"
+
+
+def test_a_metric_object_is_not_captured() -> None:
+    recorder = Recorder(torch.device("cpu"))
+    with pytest.raises(
+        CannotCaptureError, match="the step returns 'accuracy' as a MeanMetric, which a graph would keep"
+    ):
+        recorder.add({"accuracy": MeanMetric()}, 4)
