@@ -85,8 +85,7 @@ def document_offsets(starts: Tensor, length: int) -> Tensor:
 def check_rows(function: str, name: str, given: Tensor) -> None:
     """Raise `StepError` for a tensor that does not hold one row for each of a batch."""
     if given.dim() != 2:
-        one_row = f"; one row alone is {name}[None]" if given.dim() == 1 else ""
         raise StepError(
-            f'{function} takes `{name}` of a whole batch, two dimensions, as a loader over sheer.data.Packed yields batch["{name}"], and not '
-            f"the shape {list(given.shape)}{one_row}."
+            f"{function} takes `{name}` of a whole batch, two dimensions, as a loader over sheer.data.Packed yields them, and not the shape "
+            f"{list(given.shape)}. (One row alone is {name}[None].)"
         )

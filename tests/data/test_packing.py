@@ -242,12 +242,9 @@ def offsets(starts: Tensor) -> Tensor:
         (offsets, "document_offsets takes `starts`"),
     ],
 )
-@pytest.mark.parametrize(
-    ("shape", "what_to_do"),
-    [((4,), r"the shape \[4\]; one row alone is \w+\[None\]\.$"), ((2, 1, 4), r"the shape \[2, 1, 4\]\.$")],
-)
-def test_documents_that_are_no_rows_of_a_batch_are_refused_by_name(
-    function: Any, said: str, shape: Any, what_to_do: str
-) -> None:
-    with pytest.raises(StepError, match=f"^{said} of a whole batch, two dimensions.*{what_to_do}"):
+@pytest.mark.parametrize("shape", [(4,), (2, 1, 4)])
+def test_documents_that_are_no_rows_of_a_batch_are_refused_by_name(function: Any, said: str, shape: Any) -> None:
+    with pytest.raises(StepError) as raised:
         function(torch.zeros(shape, dtype=torch.int32))
+    assert str(raised.value).startswith(f"{said} of a whole batch, two dimensions, as")
+    assert f"and not the shape {list(shape)}. (One row alone is " in str(raised.value)
