@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import device_mesh
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -186,6 +187,18 @@ def test_predictions_of_the_ranks_in_turn_are_those_of_one_process() -> None:
     in_turn = [parts[number % 3][number // 3] for number in range(5)]
     assert sum(len(part) for part in parts) == 5
     assert torch.allclose(torch.cat(in_turn), torch.cat(predicted()), atol=1e-12)
+
+
+def predicted_slowly_joined() -> int:
+    """Rank 0 has nobody to wait for once its own groups are made; the others still look for theirs in the store that it holds."""
+    if os.environ["RANK"] != "0":
+        new_group = device_mesh.new_group
+        device_mesh.new_group = lambda *given, **named: (new_group(*given, **named), time.sleep(0.5))[0]
+    return len(predicted())
+
+
+def test_a_rank_that_has_predicted_its_part_leaves_no_other_behind() -> None:
+    assert run_on_ranks(3, predicted_slowly_joined) == [2, 2, 1]
 
 
 def predicted() -> list[Tensor]:
