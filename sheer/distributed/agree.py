@@ -21,7 +21,7 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def meet() -> None:
+def wait_for_all() -> None:
     """Wait until all ranks are here. All ranks must call it.
 
     One that needs no other from now on may end its process, and rank 0 takes with it the store in which others still look for each other.
