@@ -12,7 +12,7 @@ from torch import nn
 
 from sheer.build import make_compute, place_model, resolve_device, takes_step_number
 from sheer.data.choose import check_loader
-from sheer.distributed.agree import wait_for_all
+from sheer.distributed.agree import gathered
 from sheer.distributed.buffers import same_buffers
 from sheer.distributed.mesh import Ranks, form_ranks
 from sheer.distributed.steps import evaluator_of
@@ -102,7 +102,9 @@ def predict_alone(
     check_loader(loader, "The loader to predict on", passes=1)
     prepared = prepare(cfg, plugins, model, checkpoint, run_dir, reporter)
     if prepared.ranks is not None:
-        wait_for_all()  # to predict takes no other rank
+        gathered(
+            None
+        )  # all are here: who predicts needs no other, and rank 0 takes with it the store in which others still look for theirs
     stepper = evaluator_of(prepared.stepper, prepared.ranks)
     return predict(model, step, loader, prepared.compute, prepared.events, limit, prepared.ranks, stepper)
 

@@ -59,8 +59,8 @@ def folder_of_now(start: str) -> Path:
         OSError: it cannot be made.
     """
     path = start + time.strftime("%Y-%m-%d_%H-%M-%S")
-    candidates = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
-    return next(Path(candidate) for candidate in candidates if was_made(Path(candidate)))
+    candidates = map(Path, itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2))))
+    return next(candidate for candidate in candidates if was_made(candidate))
 
 
 def was_made(path: Path) -> bool:

@@ -21,14 +21,6 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def wait_for_all() -> None:
-    """Wait until all ranks are here. All ranks must call it.
-
-    One that needs no other from now on may end its process, and rank 0 takes with it the store in which others still look for each other.
-    """
-    gathered(None)
-
-
 def from_rank_zero(value: T) -> T:
     """Return what rank 0 has for a value. All ranks must call it."""
     values = [value]

@@ -124,7 +124,7 @@ def test_two_in_the_same_second_have_a_folder_each(monkeypatch: pytest.MonkeyPat
         assert status == 0 and f"trace:   runs/profile/{name}/trace.json" in output
 
 
-def test_a_folder_that_cannot_be_made_is_told_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_made_is_told_with_status_2() -> None:
     Path("runs").write_text("notes")
     status, output = profiled(SCRIPT)
     assert status == 2 and "for the trace cannot be made: Not a directory." in output

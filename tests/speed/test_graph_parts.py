@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 import sheer
+from sheer.distributed.mesh import Ranks
 from sheer.metrics import Metrics
 from sheer.nonfinite import Watch
 from sheer.random import snapshot
@@ -175,9 +176,9 @@ def test_skipped_steps_are_counted_once() -> None:
 )
 def test_a_model_that_is_divided_over_ranks_is_not_captured(sizes: dict[str, Any]) -> None:
     parallel: Any = sheer.Parallel(**{"dp_replicate": 1, "dp_shard": 1, **sizes})
-    uses_ddp = parallel.dp_shard == parallel.tp == parallel.pp == 1
-    ranks = SimpleNamespace(uses_ddp=uses_ddp, parallel=parallel)
-    run: Any = SimpleNamespace(compute=SimpleNamespace(device=torch.device("cuda")), ranks=ranks)
+    device, mesh = torch.device("cuda"), cast(Any, None)
+    ranks = Ranks(0, 2, device, parallel, mesh, mesh, data_rank=0, data_ranks=1)
+    run: Any = SimpleNamespace(compute=SimpleNamespace(device=device), ranks=ranks)
     reason = why_not(sheer.Trainer(max_steps=1).settings, run, SGD(model().parameters(), 0.1), numbered=False)
     assert reason == "the model is divided over ranks, and only DDP can be captured"
 
